@@ -1,0 +1,1 @@
+"""Encoders and the loaders of their published checkpoints."""

@@ -1,0 +1,1 @@
+"""Official files to records, records to padded batches."""
