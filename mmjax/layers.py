@@ -21,7 +21,7 @@ class Encoded(NamedTuple):
 
   hidden: Array  # [B, T, D] last hidden states
   mask: Array  # [B, T] bool, True at real positions
-  pooled: Array | None = None  # [B, D] the text pooler's output, where there is one
+  pooled: Any = None  # [B, D] one vector per example, where there is one
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -34,19 +34,22 @@ class Linear(nn.Module):
   """Dense layer `[..., I] -> [..., features]` initialised as torch does.
 
   `init_std` (a checkpoint's `initializer_range`) draws the kernel from N(0, std)
-  and zeroes the bias instead, as the Hugging Face encoders do.
+  and zeroes the bias instead, as the Hugging Face encoders do; `kernel_init` likewise, by any initializer.
   """
 
   features: int
   use_bias: bool = True
   init_std: float | None = None
   compute_dtype: Any = jnp.float32
+  kernel_init: Initializer | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     fan_in = x.shape[-1]
     kernel_init, bias_init = torch_uniform(fan_in), torch_uniform(fan_in)
-    if self.init_std is not None:
+    if self.kernel_init is not None:
+      kernel_init, bias_init = self.kernel_init, nn.initializers.zeros
+    elif self.init_std is not None:
       kernel_init, bias_init = nn.initializers.normal(self.init_std), nn.initializers.zeros
     kernel = self.param("kernel", kernel_init, (fan_in, self.features), jnp.float32)
     y = x.astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
@@ -78,6 +81,7 @@ class Attention(nn.Module):
   key_bias: bool = True
   init_std: float | None = None
   compute_dtype: Any = jnp.float32
+  qkv_init: Initializer | None = None
 
   @nn.compact
   def __call__(self, query: Array, context: Array, mask: Array | None, *, train: bool) -> Array:
@@ -86,7 +90,7 @@ class Attention(nn.Module):
       raise ValueError(f"attention width {width} is not a multiple of heads={self.heads}")
 
     def project(name: str, x: Array, use_bias: bool = True) -> Array:
-      x = Linear(width, use_bias, self.init_std, self.compute_dtype, name=name)(x)
+      x = Linear(width, use_bias, self.init_std, self.compute_dtype, self.qkv_init, name=name)(x)
       return x.reshape(*x.shape[:-1], self.heads, width // self.heads)  # [B, T, H, D/H]
 
     q = project("query", query) * (width // self.heads) ** -0.5

@@ -44,6 +44,24 @@ def norm(source: str, target: str) -> Table:
   ]
 
 
+def under(source: str, target: str, table: Table) -> Table:
+  """Returns `table` for an encoder that sits below `source` (a regular expression) and goes below `target`."""
+  return [(source + pattern, path and f"{target}/{path}", transform) for pattern, path, transform in table]
+
+
+def split_in_proj(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns `source` with each packed `in_proj_weight` and `in_proj_bias` [3D, ...] as `q_proj`, `k_proj`, `v_proj`."""
+  parts: dict[str, np.ndarray] = {}
+  for key, value in source.items():
+    stem, _, leaf = key.rpartition("in_proj_")
+    if leaf not in ("weight", "bias"):
+      parts[key] = value
+      continue
+    for name, part in zip("qkv", np.split(np.asarray(value), 3), strict=True):
+      parts[f"{stem}{name}_proj.{leaf}"] = part
+  return parts
+
+
 def convert(
   source: Mapping[str, np.ndarray], shapes: Mapping[str, Any], table: Table, *, name: str = "checkpoint"
 ) -> dict[str, Any]:
@@ -74,7 +92,5 @@ def convert(
     params[target] = value
   problems += [f"  missing: {path} {shape}" for path, shape in wanted.items() if path not in params]
   if problems:
-    raise UserError(
-      f"{name} does not fit the network that its configuration describes:\n" + "\n".join(problems)
-    )
+    raise UserError(f"{name} does not fit the network that its configuration describes:\n" + "\n".join(problems))
   return traverse_util.unflatten_dict(params, sep="/")
