@@ -66,6 +66,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def main(run: Callable[[Sequence[str]], int | None]) -> None:
   """Runs a command and exits: 2 after a user's mistake, with its one message and no traceback."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # only to keep TensorFlow from announcing it
   try:
     status = run(sys.argv[1:])
   except UserError as error:
@@ -129,7 +130,7 @@ def load(gin_file: Path, bindings: Sequence[str] = ()) -> Loaded:
 def check_repeats(gin_file: Path) -> None:
   """Raises `UserError` where one file binds the same parameter twice, of which gin silently takes the last."""
   seen: dict[str, int] = {}
-  for statement in statements(gin_file.read_text(encoding="utf-8").splitlines(keepends=True)):
+  for statement in statements(gin_file.read_text(encoding="utf-8")):
     name = binding_name(statement)
     if name is None:
       continue
@@ -139,7 +140,7 @@ def check_repeats(gin_file: Path) -> None:
     seen[name] = line
 
 
-def statements(lines: Sequence[str]) -> Any:
+def statements(text: str) -> Any:
   """Yields the parsed statements of gin text."""
   from gin import config_parser
 
@@ -152,7 +153,7 @@ def statements(lines: Sequence[str]) -> Any:
     def macro(self, scoped_name: str) -> str:
       return f"%{scoped_name}"
 
-  yield from config_parser.ConfigParser(iter(lines), References())
+  yield from config_parser.ConfigParser(text, References())
 
 
 def binding_name(statement: Any) -> str | None:
@@ -166,7 +167,7 @@ def binding_name(statement: Any) -> str | None:
 def bindings_of(text: str) -> dict[str, str]:
   """Returns {name: value as text} of gin text."""
   found = {}
-  for statement in statements(text.splitlines(keepends=True)):
+  for statement in statements(text):
     name = binding_name(statement)
     if name is not None:
       found[name] = repr(statement.value)

@@ -73,7 +73,8 @@ def masked_softmax(scores: Array, mask: Array | None) -> Array:
 class Attention(nn.Module):
   """Multi-head attention of `query` [B, Q, D] on `context` [B, K, C], giving [B, Q, D].
 
-  `mask` [B, K] says which keys are real. Parameters: `query`, `key`, `value`, `out`, each a Linear.
+  `mask` [B, K] says which keys are real, `bias` [B, H, Q, K] is added to the scores.
+  Parameters: `query`, `key`, `value`, `out`, each a Linear.
   """
 
   heads: int
@@ -84,7 +85,9 @@ class Attention(nn.Module):
   qkv_init: Initializer | None = None
 
   @nn.compact
-  def __call__(self, query: Array, context: Array, mask: Array | None, *, train: bool) -> Array:
+  def __call__(
+    self, query: Array, context: Array, mask: Array | None, *, bias: Array | None = None, train: bool
+  ) -> Array:
     width = query.shape[-1]
     if width % self.heads:
       raise ValueError(f"attention width {width} is not a multiple of heads={self.heads}")
@@ -97,6 +100,8 @@ class Attention(nn.Module):
     k = project("key", context, self.key_bias)
     v = project("value", context)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    if bias is not None:
+      scores = scores + bias
     weights = masked_softmax(scores, None if mask is None else mask[:, None, None, :])
     weights = nn.Dropout(self.dropout)(weights, deterministic=not train)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.compute_dtype), v)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 RATE = 16000
-WORDS = "i you it the a movie plot actor was is not very really good bad great awful fine dull fun".split()
-MODES = ("train", "valid", "test")
+SENTENCE = "i you it the a movie plot actor was is not very really good bad great awful fine dull fun"
+WORDS = SENTENCE.split()
 
 
 def write_wav(path: Path, wave: np.ndarray, rate: int = RATE, subtype: str = "PCM_16") -> None:

@@ -27,13 +27,15 @@ from mmjax.errors import UserError
 MODULES = {
   "bert": "bert",
   "roberta": "bert",
+  "xlm-roberta": "bert",
   "whisper": "whisper",
   "wav2vec2": "speech",
   "hubert": "speech",
   "data2vec-audio": "speech",
+  "wavlm": "speech",
 }
 # Where an encoder sits in a state dict that also has heads or a decoder.
-PREFIXES = ("bert.", "roberta.", "model.encoder.", "wav2vec2.", "hubert.", "data2vec_audio.")
+PREFIXES = ("bert.", "roberta.", "model.encoder.", "wav2vec2.", "hubert.", "data2vec_audio.", "wavlm.")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MODALITIES = ("text", "audio", "vision")
@@ -53,6 +55,8 @@ def encoder(name: str, **overrides: Any) -> nn.Module:
   backbone = importlib.import_module(f"mmjax.backbones.{MODULES[kind]}")
   try:
     return backbone.from_config(config, **{"pretrained": name, **overrides})
+  except UserError as error:
+    raise UserError(f"encoder {name!r}: {error}") from None
   except KeyError as error:
     raise UserError(f"encoder {name!r}: {CONFIG} of a {kind} model lacks {error}.") from error
   except TypeError as error:
@@ -272,9 +276,12 @@ def _without_weights(name: str) -> str:
     return f"encoder {name!r}: found none of {', '.join(WEIGHTS)} in that folder. Put the model's weights there."
   short = name.rpartition("/")[2]
   reach = "there are none on the Hugging Face hub" if _online() else "the Hugging Face hub cannot be reached"
+  kind = published.CONFIGS.get(published.ALIASES.get(name, name), {}).get("model_type", "bert")
+  macro = "TEXT_ENCODER" if MODULES[kind] == "bert" else "AUDIO_ENCODER"
   return (
     f"encoder {name!r}: its weights are not on this machine and {reach}.\n"
     f"On a machine with a network type\n  hf download {name} --local-dir {short}\n"
-    "copy that folder here and give it in place of the name, in the gin file (keep the scope before the slash)\n"
-    f'  SCOPE/pretrained.encoder.name = "/path/to/{short}"'
+    "copy that folder here and give it in place of the name, in the gin file\n"
+    f'  {macro} = "/path/to/{short}"\n'
+    f"or on the command line\n  --gin.{macro}='\"/path/to/{short}\"'"
   )

@@ -218,7 +218,7 @@ class Data:
       lines.append(f"{split:<12}{found:>10}{known}")
     reasons: dict[str, list[str]] = {}
     for name, reason in self.dropped.items():
-      reasons.setdefault(reason.removeprefix(name), []).append(name)
+      reasons.setdefault(reason, []).append(name)
     if not self.dropped:
       lines.append("no clip was left out")
     for reason, names in reasons.items():

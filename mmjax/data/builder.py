@@ -5,14 +5,12 @@ Importing this takes seconds (TensorFlow), so the pipeline does it after everyth
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow_datasets as tfds
 
 from mmjax.data import audio
@@ -71,7 +69,7 @@ class RawFolder(tfds.core.GeneratorBasedBuilder):
           if self.damaged == "fatal":
             self.mistake = error
             raise
-          self.info.metadata["skipped"][clip.name] = str(error).splitlines()[0]
+          self.info.metadata["skipped"][clip.name] = str(error).splitlines()[0].partition(": found ")[2]
           continue
         samples.append(len(wave))
         names = {"id": clip.id, "video_id": clip.video_id, "clip_id": clip.clip_id, "text": clip.text}
@@ -154,6 +152,8 @@ def prepare(
   builder = make()
   if not finished(builder):
     tfds.disable_progress_bar()
+    # TFDS takes the bare folder for whole records.
+    shutil.rmtree(builder.data_dir, ignore_errors=True)
     try:
       builder.download_and_prepare()
     except Exception as error:

@@ -4,6 +4,7 @@ One mechanism for every encoder that a run does not train: the quickstart's Whis
 that work on extracted features, and frozen teachers.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import numpy as np
 
 from mmjax import layers
 from mmjax.backbones import pretrained
-from mmjax.data import plan
+from mmjax.data import audio, plan
 from mmjax.errors import UserError
 from mmjax.progress import Progress
 
@@ -146,34 +147,39 @@ def extract(
   waves: Waves, network: Frozen, lengths: np.ndarray, *, normalize: bool, batch_size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields `(clip, frames [F, D])` for every clip, in the order of the batches."""
-  sizes = {"audio": np.maximum(np.asarray(lengths, np.int64), 1)}
-  full = {"audio": int(sizes["audio"].max(initial=1))}
-  boxes = plan.choose_boxes(sizes, {"audio": 1.0}, full=full, count=PROGRAMS, batch_size=batch_size)
-  example = jax.ShapeDtypeStruct((1, SAMPLE_RATE), jnp.float32), jax.ShapeDtypeStruct((1, SAMPLE_RATE), bool)
-  init = jax.jit(lambda key, *x: network.init(key, *(jnp.zeros(y.shape, y.dtype) for y in x))["params"])
-  params = pretrained.restore(network, init(jax.random.key(0), *example))
-  run = jax.jit(lambda params, wave, mask: network.apply({"params": params}, wave, mask))
+  # Evenly spaced: splits whose longest clips are cut alike then share their programs.
+  longest = max(int(np.max(lengths, initial=1)), PROGRAMS)
+  boxes = [{"audio": -(-longest * (k + 1) // PROGRAMS)} for k in range(PROGRAMS)]
+  params = jax.device_put(parameters(network))
 
   with Progress(f"{type(network.encoder).__name__} features", len(lengths), unit="clips") as progress:
-    for box, rows in plan.plan(sizes, boxes, batch_size, seed=None, epoch=0):
+    for box, rows in plan.plan({"audio": lengths}, boxes, batch_size, seed=None, epoch=0):
       wave = np.zeros((batch_size, boxes[box]["audio"]), np.float32)
       mask = np.zeros(wave.shape, bool)
       for row, clip in enumerate(rows):
-        samples = as_float(waves[clip][: lengths[clip]], normalize)
+        samples = audio.as_float(waves[clip][: lengths[clip]], normalize=normalize)
         wave[row, : len(samples)] = samples
         mask[row, : len(samples)] = True
-      pooled, counts = jax.device_get(run(params, wave, mask))
+      pooled, counts = jax.device_get(apply(network, params, wave, mask))
       for row, clip in enumerate(rows):
         yield int(clip), pooled[row, : counts[row]]
         progress.step()
 
 
-def as_float(samples: np.ndarray, normalize: bool) -> np.ndarray:
-  """Returns float32 samples in -1..1, or with zero mean and unit variance, from int16."""
-  wave = samples.astype(np.float32) / 32768.0
-  if normalize and len(wave):
-    wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
-  return wave
+@functools.partial(jax.jit, static_argnums=0)
+def apply(network: Frozen, params: Any, wave: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns what `network` does, compiled once for equal networks and shapes."""
+  pooled, counts = network.apply({"params": params}, wave, mask)
+  return pooled, counts
+
+
+def parameters(network: Frozen) -> Any:
+  """Returns the encoder's published weights, or those of a fixed seed where it names none."""
+  init = functools.partial(network.init, jax.random.key(0))
+  example = jnp.zeros((1, SAMPLE_RATE)), jnp.ones((1, SAMPLE_RATE), bool)
+  published = getattr(network.encoder, "pretrained", None)
+  params = jax.eval_shape(init, *example) if published else jax.jit(init)(*example)
+  return pretrained.restore(network, params["params"])
 
 
 def write(folder: Path, clips: Iterator[tuple[int, np.ndarray]], count: int, options: str) -> None:

@@ -32,7 +32,7 @@ class Set:
 
 
 MOSEI_INVALID = frozenset(
-  "3aIQUQgawaI/12 94ULum9MYX0/2 mRnEJOLkhp8/24 aE-X_QdDaqQ/3 94ULum9MYX0/11 mRnEJOLkhp8/26".split()
+  ("3aIQUQgawaI/12", "94ULum9MYX0/2", "94ULum9MYX0/11", "mRnEJOLkhp8/24", "mRnEJOLkhp8/26", "aE-X_QdDaqQ/3")
 )
 MMSA = "raw videos and label.csv as MMSA distributes them: https://github.com/thuiar/MMSA"
 SETS = {

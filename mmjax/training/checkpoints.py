@@ -48,7 +48,9 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(
         max_to_keep=1, create=not self.read_only, cleanup_tmp_directories=not self.read_only
       )
-      self.managers[name] = ocp.CheckpointManager(self.folder / name, options=options)
+      handlers = {"info": ocp.JsonCheckpointHandler()}
+      handlers |= {item: ocp.StandardCheckpointHandler() for item in ("variables", "rest")}
+      self.managers[name] = ocp.CheckpointManager(self.folder / name, options=options, item_handlers=handlers)
     return self.managers[name]
 
   def steps(self) -> dict[str, int]:

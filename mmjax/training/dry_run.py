@@ -58,11 +58,19 @@ def size(tree: Any) -> int:
   return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
+def overlay(cache_dir: Path, temporary: Path) -> Path:
+  """Returns `temporary` with links to all that is prepared in `cache_dir`; what is missing will be made beside them."""
+  for kind in ("records", "features"):
+    (temporary / kind).mkdir()
+    for entry in (cache_dir / kind).glob("*"):
+      (temporary / kind / entry.name).symlink_to(entry.absolute())
+  return temporary
+
+
 def describe(experiment: Experiment, *, data_dir: Path, cache_dir: Path) -> None:
   """Prints what a run would read, build and need; writes nothing that stays."""
   with tempfile.TemporaryDirectory() as temporary:
-    # Records already prepared are used; what is missing is prepared for this description only.
-    data = experiment.open_data(data_dir, cache_dir if cache_dir.exists() else Path(temporary))
+    data = experiment.open_data(data_dir, overlay(cache_dir, Path(temporary)))
     print(data.describe())
     mesh = meshes.make(experiment.fsdp)
     batch = data.first_batch(row_multiple=mesh.size)
