@@ -16,6 +16,8 @@ from mmjax import evaluate, train
 from mmjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+# Compiling is most of what these runs do; this makes it two to three times as fast.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
 GIN = """
 from __gin__ import dynamic_registration
 
@@ -80,7 +82,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def start(folder: Path, workdir: str, *more: str) -> subprocess.Popen:
   """Starts training in a process of its own, on one device."""
-  env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "XLA_FLAGS": ""}
+  env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "XLA_FLAGS": FAST_COMPILE}
   return subprocess.Popen(
     [sys.executable, "-m", "mmjax.train", *flags(folder, workdir, *more)],
     cwd=ROOT,
@@ -202,8 +204,10 @@ def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(folder, straig
   assert "epoch 3:" not in output
 
 
-def test_seeds_give_mean_and_deviation(folder, capsys):
-  assert train.run(flags(folder, "seeds", "--seeds=1,2", "--gin.experiment.Experiment.epochs=1")) == 0
+def test_seeds_give_mean_and_deviation(folder, straight):
+  process = start(folder, "seeds", "--seeds=1,2", "--gin.experiment.Experiment.epochs=1")
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
   results = json.loads((folder / "seeds" / "results.json").read_text())
   runs = [json.loads((folder / "seeds" / f"seed_{n}" / "results.json").read_text()) for n in (1, 2)]
   maes = [run["checkpoints"]["best_loss"]["test"]["M"]["MAE"] for run in runs]
@@ -216,7 +220,7 @@ def test_dry_run_describes_and_writes_nothing(folder, capsys):
   before = sorted(folder.rglob("*"))
   assert train.run(flags(folder, "dry", "--dry_run")) == 0
   output = capsys.readouterr().out
-  for word in ("text_encoder", "optimiser state", "wave", "boxes", "1284"):
+  for word in ("text_encoder", "optimiser state", "wave", "box ", "1284"):
     assert word in output
   assert sorted(folder.rglob("*")) == before
   fresh = [flag for flag in flags(folder, "dry", "--dry_run") if not flag.startswith("--cache_dir")]
@@ -260,7 +264,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, straight, tmp_path):
     "checkpoints.Checkpoints.save = limited\n"
     "config.main(train.run)\n"
   )
-  env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "XLA_FLAGS": ""}
+  env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "XLA_FLAGS": FAST_COMPILE}
   done = subprocess.run(
     [sys.executable, str(script), *flags(folder, "full")],
     cwd=ROOT,

@@ -33,14 +33,14 @@ def run(network, optimizer: AdamW, batches, *, devices: int = 1, fsdp: int = 1, 
   )
   before = jax.device_get(state.params)
   train_step = jax.jit(
-    step.make_train_step(network, objective, transformation, frozen=frozen, key=jax.random.key(2)),
+    step.make_train_step(network, objective, transformation, frozen=frozen),
     donate_argnums=0,
     out_shardings=(shardings, meshes.replicated(mesh)),
   )
   losses = []
   for i, batch in enumerate(batches):
     update = np.bool_(True if updates is None else updates[i])
-    state, logs = train_step(state, meshes.put_batch(batch, mesh), update)
+    state, logs = train_step(state, meshes.put_batch(batch, mesh), update, jax.random.key(2))
     losses.append(sum(float(value) for name, value in logs.items() if name != "examples"))
   return losses, state, before
 

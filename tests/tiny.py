@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mmjax.backbones.bert import Bert
 
+from mmjax.backbones.bert import Bert
 from mmjax.layers import Encoded, Linear
 from mmjax.papers.mmml import MMML
 
@@ -93,3 +93,7 @@ def batch(
 def init(network: nn.Module, batch: Any, seed: int = 0) -> Any:
   variables = jax.jit(lambda key: network.init(key, batch, train=False))(jax.random.key(seed))
   return variables["params"]
+
+
+def shapes(network: nn.Module, batch: Any) -> Any:
+  return jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False))["params"]

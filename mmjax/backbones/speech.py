@@ -19,7 +19,13 @@ from mmjax.errors import UserError
 from mmjax.layers import Array, Attention, Encoded, Linear, torch_uniform
 
 KINDS = ("data2vec-audio", "hubert", "wav2vec2", "wavlm")
+# Fields that bear the name they have in a config.json, without those that turn LayerDrop and SpecAugment on.
+SAME = (
+  *("conv_bias", "layer_norm_eps", "feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout"),
+  *("mask_time_length", "mask_time_min_masks", "mask_feature_length", "mask_feature_min_masks"),
+)
 EPSILON = 1e-5  # of the norms whose value no configuration sets
+LONG = 64  # frames
 
 
 def relative_buckets(frames: int, buckets: int, max_distance: int) -> Array:
@@ -62,17 +68,16 @@ def grouped_conv(x: Array, kernel: Array, groups: int) -> Array:
       x, kernel, (1,), padding, dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=groups
     )
 
-  if jax.default_backend() != "cpu":
+  if jax.default_backend() != "cpu" or x.shape[1] < LONG:
     return conv(x, kernel, groups)
-  # XLA's grouped convolution on CPU is 5 to 10 times as slow, forward and backward, as one for each group.
+  # XLA's grouped convolution on CPU takes 5 to 10 times as long, forward and backward, as one for each group;
+  # those take some seconds more to compile, which short clips do not win back.
   parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
   return jnp.concatenate([conv(part, weights, 1) for part, weights in parts], axis=-1)
 
 
 class GroupNorm(nn.Module):
   """Each channel of `x` [B, T, C] normalised over the frames where `mask` [B, T] is True (None: over all)."""
-
-  compute_dtype: Any
 
   @nn.compact
   def __call__(self, x: Array, mask: Array | None) -> Array:
@@ -83,7 +88,7 @@ class GroupNorm(nn.Module):
     x = x.astype(jnp.float32)
     mean = jnp.sum(x * weights, axis=1, keepdims=True) / count
     variance = jnp.sum(jnp.square(x - mean) * weights, axis=1, keepdims=True) / count
-    return ((x - mean) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias).astype(self.compute_dtype)
+    return (x - mean) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias
 
 
 class FeatureExtractor(nn.Module):
@@ -102,7 +107,7 @@ class FeatureExtractor(nn.Module):
 
   @nn.compact
   def __call__(self, wave: Array, valid: Array | None) -> Array:
-    x = wave.astype(self.compute_dtype)[..., None]
+    x = wave.astype(jnp.float32)[..., None]
     for i, (width, kernel, stride) in enumerate(zip(self.widths, self.kernels, self.strides, strict=True)):
       x = nn.Conv(
         width,
@@ -110,16 +115,17 @@ class FeatureExtractor(nn.Module):
         stride,
         "VALID",
         use_bias=self.use_bias,
-        dtype=self.compute_dtype,
+        # The wave's own convolution costs next to nothing, its rounding in bfloat16 would reach every layer.
+        dtype=self.compute_dtype if i else jnp.float32,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
         bias_init=torch_uniform(kernel * x.shape[-1]),
         name=f"conv_{i}",
       )(x)
       if self.norm == "layer":
-        x = _norm(f"norm_{i}", EPSILON, self.compute_dtype)(x)
+        x = _norm(f"norm_{i}", EPSILON)(x)
       elif i == 0:
         mask = None if valid is None else jnp.arange(x.shape[1]) < valid[:, None]
-        x = GroupNorm(self.compute_dtype, name="norm_0")(x, mask)
+        x = GroupNorm(name="norm_0")(x, mask)
       x = jax.nn.gelu(x, approximate=False)
     return x
 
@@ -151,8 +157,7 @@ class PositionalConv(nn.Module):
     x = grouped_conv(x.astype(self.compute_dtype), kernel.astype(self.compute_dtype), self.groups)
     x = x + bias.astype(self.compute_dtype)
     if not self.weight_norm:
-      options = {"use_scale": False, "use_bias": False, "use_fast_variance": False}
-      x = nn.LayerNorm(EPSILON, dtype=self.compute_dtype, **options)(x)
+      x = nn.LayerNorm(EPSILON, jnp.float32, use_scale=False, use_bias=False, use_fast_variance=False)(x)
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -195,8 +200,8 @@ class Layer(nn.Module):
       y = jax.nn.gelu(dense("ffn_in", self.intermediate_size)(y), approximate=False)
       return drop(dense("ffn_out", x.shape[-1])(drop(y, self.activation_dropout)), self.hidden_dropout)
 
-    attention_norm = _norm("attention_norm", self.layer_norm_eps, self.compute_dtype)
-    ffn_norm = _norm("ffn_norm", self.layer_norm_eps, self.compute_dtype)
+    attention_norm = _norm("attention_norm", self.layer_norm_eps)
+    ffn_norm = _norm("ffn_norm", self.layer_norm_eps)
     if self.norm_first:
       x = x + attend(attention_norm(x))
       return x + feed_forward(ffn_norm(x))
@@ -306,9 +311,9 @@ class Speech(nn.Module):
     frames = self.num_frames(samples)
     mask = jnp.arange(x.shape[1]) < frames[:, None]
 
-    x = _norm("projection_norm", self.layer_norm_eps, self.compute_dtype)(x)
+    x = _norm("projection_norm", self.layer_norm_eps)(x)
     uniform = torch_uniform(x.shape[-1])
-    x = Linear(self.hidden_size, compute_dtype=self.compute_dtype, kernel_init=uniform, name="projection")(x)
+    x = Linear(self.hidden_size, kernel_init=uniform, name="projection")(x)
     self.sow("intermediates", "projected", x)
     x = nn.Dropout(self.feat_proj_dropout)(x, deterministic=not train)
     x = jnp.where(mask[..., None], self.spec_augment(x, frames, train=train), 0)
@@ -321,7 +326,7 @@ class Speech(nn.Module):
         # The next convolution would carry what the bias left in padded frames into valid ones.
         positions = jnp.where(mask[..., None], positions, 0)
     x = x + positions
-    norm = _norm("norm", self.layer_norm_eps, self.compute_dtype)
+    norm = _norm("norm", self.layer_norm_eps)
     if not self.norm_first:
       x = norm(x)
     x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
@@ -348,7 +353,7 @@ class Speech(nn.Module):
       self.sow("intermediates", "hidden_states", x)
     if self.norm_first:
       x = norm(x)
-    return Encoded(jnp.where(mask[..., None], x, 0), mask)
+    return Encoded(jnp.where(mask[..., None], x, 0).astype(self.compute_dtype), mask)
 
   def spec_augment(self, x: Array, frames: Array, *, train: bool) -> Array:
     """Returns `x` [B, F, D] with random spans of valid frames replaced by a learned vector, of channels by 0."""
@@ -374,8 +379,8 @@ class Speech(nn.Module):
     return jnp.take(table, near, axis=0).transpose(2, 0, 1)
 
 
-def _norm(name: str, epsilon: float, compute_dtype: Any) -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon, dtype=compute_dtype, use_fast_variance=False, name=name)
+def _norm(name: str, epsilon: float) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def from_config(config: Mapping[str, Any], **overrides: Any) -> Speech:
@@ -420,10 +425,7 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> Speech:
   for name in ("conv_dim", "conv_kernel", "conv_stride"):
     if name in config:
       fields[name] = tuple(config[name])
-  same = ("conv_bias", "layer_norm_eps", "feat_proj_dropout", "hidden_dropout", "attention_dropout")
-  same += ("activation_dropout", "mask_time_length", "mask_time_min_masks")
-  same += ("mask_feature_length", "mask_feature_min_masks")
-  fields |= {name: config[name] for name in same if name in config}
+  fields |= {name: config[name] for name in SAME if name in config}
   return Speech(**{**fields, **overrides})
 
 

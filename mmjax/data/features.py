@@ -169,8 +169,8 @@ def extract(
 @functools.partial(jax.jit, static_argnums=0)
 def apply(network: Frozen, params: Any, wave: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns what `network` does, compiled once for equal networks and shapes."""
-  pooled, counts = network.apply({"params": params}, wave, mask)
-  return pooled, counts
+  outputs: Any = network.apply({"params": params}, wave, mask)
+  return outputs
 
 
 def parameters(network: Frozen) -> Any:

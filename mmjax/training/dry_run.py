@@ -28,7 +28,6 @@ def parameter_counts(params: Any, frozen: Any) -> str:
 
 def shape_step(experiment: Experiment, batch: Any) -> tuple[step.State, Any]:
   """Returns the shapes of the state and of one train step's (state, logs) for a batch (of arrays or shapes)."""
-  key = jax.random.key(0)
   variables = dict(step.abstract(experiment.network, batch))
   params = variables.pop("params")
   frozen = experiment.optimizer.frozen_mask(params)
@@ -49,8 +48,8 @@ def shape_step(experiment: Experiment, batch: Any) -> tuple[step.State, Any]:
     step=jax.ShapeDtypeStruct((), jnp.int32),
     epoch=jax.ShapeDtypeStruct((), jnp.int32),
   )
-  train_step = step.make_train_step(experiment.network, experiment.objective, optimizer, frozen=frozen, key=key)
-  return state, jax.eval_shape(train_step, state, batch, jax.ShapeDtypeStruct((), jnp.bool_))
+  train_step = step.make_train_step(experiment.network, experiment.objective, optimizer, frozen=frozen)
+  return state, jax.eval_shape(train_step, state, batch, jax.ShapeDtypeStruct((), jnp.bool_), jax.random.key(0))
 
 
 def size(tree: Any) -> int:

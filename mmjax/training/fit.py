@@ -78,10 +78,9 @@ def fit(
   )
   print(parameter_counts(state.params, frozen), flush=True)
 
+  dropout_key = jax.random.fold_in(key, 1)
   train_step = jax.jit(
-    step.make_train_step(
-      experiment.network, experiment.objective, optimizer, frozen=frozen, key=jax.random.fold_in(key, 1)
-    ),
+    step.make_train_step(experiment.network, experiment.objective, optimizer, frozen=frozen),
     donate_argnums=0,
     out_shardings=(shardings, meshes.replicated(mesh)),
   )
@@ -130,7 +129,7 @@ def fit(
           position.batch += 1
           position.step += 1
           update = position.batch % experiment.optimizer.accumulate == 0 or position.batch == len(plan)
-          state, sums = train_step(state, meshes.put_batch(batch, mesh), np.bool_(update))
+          state, sums = train_step(state, meshes.put_batch(batch, mesh), np.bool_(update), dropout_key)
           pending.append((position.step, sums))
           settle(leave=1)
           progress.step(f"loss {position.loss_sum / max(position.examples, 1):.4f}")

@@ -73,16 +73,16 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   *,
   frozen: Any,
-  key: jax.Array,
-) -> Callable[[State, Batch, jax.Array], tuple[State, Arrays]]:
-  """Returns `train_step(state, batch, update)`.
+) -> Callable[[State, Batch, jax.Array, jax.Array], tuple[State, Arrays]]:
+  """Returns `train_step(state, batch, update, key)`.
 
   It gives the new state and the logs: per loss term the sum over valid rows, and their count. `update` (bool
   scalar) applies the gradient, averaged over all examples since the last update; without accumulation it is
-  always applied.
+  always applied. `key` is the run's, the same at every step; as an argument it does not make a program of its own
+  for each seed.
   """
 
-  def train_step(state: State, batch: Batch, update: jax.Array) -> tuple[State, Arrays]:
+  def train_step(state: State, batch: Batch, update: jax.Array, key: jax.Array) -> tuple[State, Arrays]:
     trained, fixed = split(state.params, frozen)
     rngs = {"dropout": jax.random.fold_in(key, state.step)}
 
