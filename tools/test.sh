@@ -20,4 +20,5 @@ phase "ruff format"
 phase "mypy"
 (cd "$root" && "$bin/mypy")
 phase "pytest"
-"$bin/python" -m pytest -c "$root/pyproject.toml" --rootdir="$root" ${tests[@]+"${tests[@]}"}
+# Two processes: compiling, most of the work, hardly uses a second core.
+"$bin/python" -m pytest -n 2 --dist loadfile -c "$root/pyproject.toml" --rootdir="$root" ${tests[@]+"${tests[@]}"}
