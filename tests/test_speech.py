@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mmjax.backbones import published, speech
+from mmjax.backbones import published, speech, speech_layers
 from mmjax.backbones.convert import convert
 from mmjax.errors import UserError
 
@@ -226,7 +226,7 @@ def test_layerdrop_leaves_whole_layers_out():
 
 def test_spans_stay_inside_the_clip():
   lengths = jnp.array([0, 3, 5, 12, 40, 100])
-  make = jax.jit(lambda key: speech.span_mask(key, lengths, 100, prob=0.5, span=5, min_masks=2))
+  make = jax.jit(lambda key: speech_layers.span_mask(key, lengths, 100, prob=0.5, span=5, min_masks=2))
   masks = np.stack([make(key) for key in jax.random.split(jax.random.key(0), 200)])  # [200, 6, 100]
   assert not (masks & (np.arange(100) >= np.asarray(lengths)[:, None])).any()
   counts = masks.sum(axis=2)
@@ -274,11 +274,11 @@ def test_a_frozen_extractor_keeps_nothing_for_the_backward_pass(case):
 def test_convolutions_by_group_equal_the_grouped_one(monkeypatch):
   for width in (7, 8):
     x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 70, 12), (width, 3, 12)]))
-    by_group = speech.grouped_conv(x, kernel, 4)
+    by_group = speech_layers.grouped_conv(x, kernel, 4)
     assert by_group.shape == x.shape
     with monkeypatch.context() as patch:
       patch.setattr(jax, "default_backend", lambda: "gpu")
-      np.testing.assert_allclose(speech.grouped_conv(x, kernel, 4), by_group, atol=1e-5)
+      np.testing.assert_allclose(speech_layers.grouped_conv(x, kernel, 4), by_group, atol=1e-5)
 
 
 def test_wrong_configurations_are_named():

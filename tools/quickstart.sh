@@ -44,6 +44,9 @@ yardstick() {
   fi
 }
 
+# In so short a run compiling counts: this takes 8.6 s instead of 13.6 s a program, at the same speed of steps.
+export XLA_FLAGS="--xla_backend_optimization_level=1 ${XLA_FLAGS:-}"
+
 echo "mmjax quickstart: MMML with context on spoken reviews."
 echo "Text and labels are real; the speech is SYNTHETIC, read aloud by eSpeak NG. Expect up to 10 minutes on 2 cores."
 phase environment bash tools/setup.sh
