@@ -268,7 +268,9 @@ def test_a_frozen_extractor_keeps_nothing_for_the_backward_pass(case):
   for path, grad in frozen.items():
     assert np.asarray(free[path]).any(), path
     expected = np.zeros_like(grad) if path.startswith("feature_extractor/") else free[path]
-    np.testing.assert_allclose(grad, expected, atol=1e-5, err_msg=path)
+    # Two programs round differently: by under 1e-6 of the largest entry.
+    atol = 1e-5 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(grad, expected, rtol=0, atol=atol, err_msg=path)
 
 
 def test_convolutions_by_group_equal_the_grouped_one(monkeypatch):
