@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import logging
 import os
 import re
 import sys
@@ -72,12 +73,12 @@ def main(run: Callable[[Sequence[str]], int | None]) -> None:
   except UserError as error:
     if os.environ.get("MMJAX_TRACEBACK"):
       raise
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.__stderr__)
     status = 2
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
       raise
-    print(f"error: {error}; checkpoints already saved stay usable", file=sys.stderr)
+    print(f"error: {error}; checkpoints already saved stay usable", file=sys.__stderr__)
     status = 2
   sys.exit(status)
 
@@ -106,6 +107,8 @@ def load(gin_file: Path, bindings: Sequence[str] = ()) -> Loaded:
     gin.add_config_file_search_path(str(folder))
   try:
     check_repeats(gin_file)
+    # gin logs an error for each search path that lacks an included file, even when the next one has it.
+    logging.disable(logging.ERROR)
     gin.parse_config_files_and_bindings([str(gin_file)], list(bindings))
     from mmjax.training.experiment import Experiment
 
@@ -117,6 +120,8 @@ def load(gin_file: Path, bindings: Sequence[str] = ()) -> Loaded:
     if os.environ.get("MMJAX_TRACEBACK"):
       raise
     raise UserError(explain(error, gin_file)) from None
+  finally:
+    logging.disable(logging.NOTSET)
   unused = unused_bindings()
   if unused:
     raise UserError(
@@ -203,6 +208,10 @@ def explain(error: Exception, gin_file: Path) -> str:
   if unquoted:
     word = unquoted.group(1)
     return f"{gin_file}: {text}\nexpected: a string in quotes, '{word}' (in a shell: --gin.NAME='\"{word}\"')"
+  macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", text)
+  if macro:
+    name = macro.group(1)
+    return f"{gin_file}: %{name} is used, but {name} is bound nowhere\nexpected: a line {name} = ..., or its right name"
   parameter = re.search(r"'([\w./]+)' doesn't have a parameter named '(\w+)'", text)
   if parameter:
     owner, wrong = parameter.groups()

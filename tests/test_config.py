@@ -32,7 +32,7 @@ def command(*args: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     ("mmml.MMML.tasks=T", "expected: a string in quotes, 'T'"),
     ("txt/pretrained.encoder.name='roberta-large'", "txt/mmjax.backbones.pretrained.encoder.name"),
     ("BATCH=7", "%BATCH"),
-    ("mmml.MMML.tasks=%TASKS", "TASKS"),
+    ("mmml.MMML.tasks=%TASKS", "%TASKS is used, but TASKS is bound nowhere"),
     ("mmml.MMML.fusion='sum'", "expected one of ('cc', 'cme')"),
     ("mmml.MMML.tasks='MX'", "expected a subset of 'MTA'"),
     ("optimizers.AdamW.decay='slow'", "expected 'constant'"),

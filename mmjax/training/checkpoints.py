@@ -1,6 +1,8 @@
 """Checkpoints through Orbax: `latest` (everything), `best_loss` and `best_accuracy` (variables only)."""
 
+import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,17 @@ def one_message(doing: str, remedy: str) -> Iterator[None]:
     logger.setLevel(level)
 
 
+@contextmanager
+def without_thread_noise() -> Iterator[None]:
+  """Swallows what TensorStore's threads print to stderr after a failed write, now and until the process ends.
+
+  They report to an event loop that Orbax has closed by then; the one message goes to `sys.__stderr__`.
+  """
+  kept, sys.stderr = sys.stderr, io.StringIO()
+  yield
+  sys.stderr = kept
+
+
 class Checkpoints:
   """The folder `workdir/checkpoints`: one Orbax manager a name, each keeping its newest checkpoint.
 
@@ -46,7 +59,11 @@ class Checkpoints:
 
     if name not in self.managers:
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, create=not self.read_only, cleanup_tmp_directories=not self.read_only
+        max_to_keep=1,
+        create=not self.read_only,
+        cleanup_tmp_directories=not self.read_only,
+        # In the background a failed save would be noticed, and would print its tracebacks, at some later step.
+        enable_async_checkpointing=False,
       )
       handlers = {"info": ocp.JsonCheckpointHandler()}
       handlers |= {item: ocp.StandardCheckpointHandler() for item in ("variables", "rest")}
@@ -76,7 +93,7 @@ class Checkpoints:
     )
 
   def save(self, name: str, step: int, variables: Any, info: Mapping[str, Any], rest: Any = None) -> None:
-    """Saves in the background. `info` is JSON; `rest` is whatever only `latest` holds.
+    """Saves, and returns when all is on disk. `info` is JSON; `rest` is whatever only `latest` holds.
 
     A step that is already there was saved by a run killed just after: the resumed run made it again.
     """
@@ -86,22 +103,10 @@ class Checkpoints:
     items = {"variables": ocp.args.StandardSave(variables), "info": ocp.args.JsonSave(dict(info))}
     if rest is not None:
       items["rest"] = ocp.args.StandardSave(rest)
-    with self.saving():
+    remedy = "The previous checkpoint is kept. Free space on that disk and run the same command to resume from it."
+    with one_message(f"saving a checkpoint in {self.folder}", remedy), without_thread_noise():
       if step not in manager.all_steps():
         manager.save(step, args=ocp.args.Composite(**items))
-
-  def wait(self) -> None:
-    """Waits for saves under way; raises what went wrong with them."""
-    for manager in self.managers.values():
-      with self.saving():
-        manager.wait_until_finished()
-
-  def saving(self) -> Any:
-    """Returns the context in which saves run."""
-    return one_message(
-      f"saving a checkpoint in {self.folder}",
-      "The previous checkpoint is kept. Free space on that disk and run the same command to resume from it.",
-    )
 
   def info(self, name: str) -> dict[str, Any]:
     """Returns the JSON saved with checkpoint `name`."""

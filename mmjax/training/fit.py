@@ -111,7 +111,6 @@ def fit(
 
   def stop_if_asked(what: str) -> None:
     if signals.received:
-      saved.wait()
       writer.close()
       raise Interrupted(f"saved {what} in {workdir}")
 
@@ -160,12 +159,10 @@ def fit(
         + (" *" if position.best_epoch == epoch else ""),
         flush=True,
       )
-      # What was just decided must be on disk before `latest` says that the epoch is over.
-      saved.wait()
+      # After the best ones: a run killed in between makes them again.
       position.epoch, position.batch, position.loss_sum, position.examples = epoch + 1, 0, 0.0, 0.0
       save_latest()
       stop_if_asked(f"the end of epoch {epoch}")
-  saved.wait()
   writer.close()
   position.seconds = earlier_seconds + time.monotonic() - began
   like, _ = split_state(state)
