@@ -204,6 +204,18 @@ def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(folder, straig
   assert "epoch 3:" not in output
 
 
+def test_the_optimiser_may_forget_each_epoch(folder, straight):
+  """MM1: as the authors' loop does; the first epoch and the step into the second are the same, then they part."""
+  process = start(
+    folder, "forgets", "--gin.optimizers.AdamW.reset_each_epoch=True", "--gin.experiment.Experiment.epochs=2"
+  )
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  theirs, ours = losses(straight[0]), losses(folder / "forgets")
+  same = [step for step in ours if ours[step] == theirs[step]]
+  assert same == list(range(1, len(ours) // 2 + 3))  # two micro-batches make a step
+
+
 def test_seeds_give_mean_and_deviation(folder, straight):
   process = start(folder, "seeds", "--seeds=1,2", "--gin.experiment.Experiment.epochs=1")
   output, _ = process.communicate(timeout=300)

@@ -32,12 +32,16 @@ def one_message(doing: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def without_thread_noise() -> Iterator[None]:
-  """Swallows what TensorStore's threads print to stderr after a failed write, now and until the process ends.
+  """Swallows what TensorStore's threads print and asyncio logs after a failed write, until the process ends.
 
   They report to an event loop that Orbax has closed by then; the one message goes to `sys.__stderr__`.
   """
   kept, sys.stderr = sys.stderr, io.StringIO()
-  yield
+  try:
+    yield
+  except BaseException:
+    logging.disable(logging.CRITICAL)
+    raise
   sys.stderr = kept
 
 
