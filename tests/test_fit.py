@@ -292,4 +292,5 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, straight, tmp_path):
   output, _ = resumed.communicate(timeout=300)
   assert resumed.returncode == 0, output
   assert "resuming after step" in output
-  assert losses(folder / "full") == losses(straight[0])
+  # Another test may have prolonged the straight run.
+  assert losses(folder / "full") == {step: loss for step, loss in losses(straight[0]).items() if step <= 12}
