@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import json
 import logging
 import os
 import re
@@ -237,6 +238,9 @@ def check_workdir(workdir: Path, text: str) -> None:
   path = workdir / "config.gin"
   if not path.exists():
     return
+  run_file = workdir / "run.json"
+  if run_file.exists() and (source := json.loads(run_file.read_text()).get("imported_from")):
+    raise UserError(f"--workdir={workdir} holds a checkpoint imported from {source}: train in another --workdir")
   old, new = bindings_of(path.read_text(encoding="utf-8")), bindings_of(text)
   changed = [
     f"  {name}: {old.get(name, '(not bound)')} there, {new.get(name, '(not bound)')} now"

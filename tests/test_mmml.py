@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mmjax.backbones import bert, convert, speech
+from mmjax.backbones import bert, speech
 from mmjax.errors import UserError
 from mmjax.papers import mmml_names
 from mmjax.papers.mmml import MMML, MultiLoss
@@ -19,6 +19,8 @@ CASES = {
   "mmml_en_cme_v3": ("cme", "v3", False),
   "mmml_en_cc_context": ("cc", "v1", True),
   "mmml_en_cme_context": ("cme", "v1", True),
+  "mmml_ch_cc": ("cc", "v1", False),
+  "mmml_ch_cme_v1": ("cme", "v1", False),
 }
 # Where a golden array stores every N-th channel, by its name's ending.
 STEPS = {"_c4": 4, "_c16": 16, "_c32": 32}
@@ -27,9 +29,10 @@ STEPS = {"_c4": 4, "_c16": 16, "_c32": 32}
 def network_of(case: str, **overrides) -> MMML:
   fusion, version, context = CASES[case]
   text, audio = golden.config(case)["backbones"].values()
+  kinds = ("bert", "hubert") if "_ch_" in case else ("roberta", "data2vec-audio")
   options = {
-    "text_encoder": bert.from_config({**text, "model_type": "roberta"}),
-    "audio_encoder": speech.from_config({**audio, "model_type": "data2vec-audio"}, padding="hf"),
+    "text_encoder": bert.from_config({**text, "model_type": kinds[0]}),
+    "audio_encoder": speech.from_config({**audio, "model_type": kinds[1]}, padding="hf"),
     "fusion": fusion,
     "cme_version": version,
     "context": context,
@@ -49,14 +52,8 @@ def batch_of(arrays) -> dict:
 
 
 def params_of(case: str, network: MMML, batch: dict) -> dict:
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False))["params"]
-  fused = len([key for key in golden.state_dict(case, "fused_output_layers.") if key.endswith("weight")])
-  table = [
-    *mmml_names.table(fused_layers=fused),
-    *convert.under(r"roberta_model\.", "text_encoder", bert.TABLE),
-    *convert.under(r"data2vec_model\.", "audio_encoder", speech.TABLE),
-  ]
-  return convert.convert(convert.split_in_proj(golden.state_dict(case)), shapes, table)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), batch, train=False))
+  return mmml_names.from_torch(network, golden.state_dict(case), shapes)["params"]
 
 
 def forward(network: MMML, params, batch, **options):

@@ -28,6 +28,7 @@ from mmjax.layers import Array, Encoded, Linear, torch_uniform
 
 KINDS = ("data2vec-audio", "hubert", "wav2vec2", "wavlm")
 # Fields that bear the name they have in a config.json, without those that turn LayerDrop and SpecAugment on.
+REGULARIZATION = ("layerdrop", "mask_time_prob", "mask_feature_prob")
 SAME = (
   *("conv_bias", "layer_norm_eps", "feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout"),
   *("mask_time_length", "mask_time_min_masks", "mask_feature_length", "mask_feature_min_masks"),
@@ -195,12 +196,15 @@ class Speech(nn.Module):
     return jnp.take(table, near, axis=0).transpose(2, 0, 1)
 
 
-def from_config(config: Mapping[str, Any], **overrides: Any) -> Speech:
+def from_config(config: Mapping[str, Any], *, regularization: str = "dropout", **overrides: Any) -> Speech:
   """Returns the encoder that a Hugging Face config.json describes; `overrides` replace fields of `Speech`.
 
+  `regularization="dropout"` takes the dropout rates and leaves LayerDrop and SpecAugment off; "config" turns
+  these on, too, at the rates of the configuration, as Hugging Face's models train (MM28).
   Raises `UserError` for a variant that `Speech` does not compute, KeyError for a size that is missing.
-  LayerDrop and SpecAugment stay off whatever the configuration says (MM28).
   """
+  if regularization not in ("dropout", "config"):
+    raise UserError(f"regularization: found {regularization!r}, expected 'dropout' or 'config'")
   kind = config["model_type"]
   if kind not in KINDS:
     raise UserError(f"found model_type {kind!r}, expected one of {', '.join(KINDS)}.")
@@ -237,7 +241,10 @@ def from_config(config: Mapping[str, Any], **overrides: Any) -> Speech:
   for name in ("conv_dim", "conv_kernel", "conv_stride"):
     if name in config:
       fields[name] = tuple(config[name])
-  fields |= {name: config[name] for name in SAME if name in config}
+  names = [*SAME]
+  if regularization == "config":
+    names += REGULARIZATION if config.get("apply_spec_augment", True) else ["layerdrop"]
+  fields |= {name: config[name] for name in names if name in config}
   return Speech(**{**fields, **overrides})
 
 

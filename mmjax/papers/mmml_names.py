@@ -1,6 +1,13 @@
 """The authors' state-dict names for MMML's own layers, English and Chinese, with and without context."""
 
-from mmjax.backbones.convert import Table, linear, norm, transpose
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.backbones import bert, speech
+from mmjax.backbones.convert import Table, convert, linear, norm, split_in_proj, transpose, under
+from mmjax.papers.mmml import FUSED_WIDTHS, MMML
 
 ATTENTION_PARTS = (("query", "query"), ("key", "key"), ("value", "value"))
 STREAMS = (("lang", "text"), ("audio", "audio"))
@@ -51,3 +58,20 @@ def table(*, fused_layers: int) -> Table:
     rows.append((rf"{stream}_mixed_layer\.1\.weight", f"cme/{stream}_mix/kernel", transpose))
     rows.append((rf"{stream}_mixed_layer\.1\.bias", f"cme/{stream}_mix/bias", None))
   return rows
+
+
+def from_torch(
+  network: MMML, state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, Any], *, name: str = "checkpoint"
+) -> dict[str, Any]:
+  """Returns the variables {"params": ...} of `network`, of the given `shapes`, from the authors' state dict.
+
+  Raises one `UserError` that lists every key that is not known, every parameter left without a value and every
+  shape that differs.
+  """
+  widths = network.fused_widths or FUSED_WIDTHS[network.fusion, network.context]
+  rows = [
+    *table(fused_layers=len(widths) + 1),
+    *under(r"roberta_model\.", "text_encoder", bert.TABLE),
+    *under(r"(?:data2vec|hubert)_model\.", "audio_encoder", speech.TABLE),
+  ]
+  return {"params": convert(split_in_proj(state_dict), shapes["params"], rows, name=name)}
