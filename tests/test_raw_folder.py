@@ -137,7 +137,7 @@ def test_missing_wavs_are_counted(tmp_path):
   assert len(skipped) == 5
   (root / "wav").rename(root / "sound")
   (root / "raw").mkdir()
-  with pytest.raises(UserError, match="ffmpeg"):
+  with pytest.raises(UserError, match=r"mmjax\.prepare --dataset=mosi"):
     raw_folder.find_wavs(root, "mosi", clips)
 
 

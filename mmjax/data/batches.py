@@ -9,38 +9,81 @@ import numpy as np
 
 from mmjax.data import audio, plan
 from mmjax.data.plan import Batches, Box
-from mmjax.data.raw_folder import SPLITS, Clip
+from mmjax.data.raw_folder import SPLITS
 
 Batch = dict[str, Any]
 
 
+@dataclass(kw_only=True)
+class Stream:
+  """One stream of a split, by row: `stream[i]` is what example `i` has of it, cut.
+
+  Attributes:
+    kind: "ids" int32 [T], "wave" float32 [S], "features" float32 [T, D].
+    rows: `rows[i]` before cutting; waves as int16.
+    lengths: of `rows`, then cut; int [N], may be 0.
+    cap: the longest that is kept.
+    side: which end of a longer one is kept, "first" or "last".
+    width: D of features.
+    normalize: whether each wave is scaled to zero mean and unit variance, after cutting.
+  """
+
+  kind: str
+  rows: Any
+  lengths: np.ndarray
+  cap: int
+  side: str = "first"
+  width: int | None = None
+  normalize: bool = False
+
+  def __post_init__(self) -> None:
+    self.lengths = np.minimum(self.lengths, self.cap)
+
+  def __getitem__(self, row: int) -> np.ndarray:
+    values: np.ndarray = audio.cut(self.rows[row], self.cap, self.side)
+    return audio.as_float(values, normalize=self.normalize) if self.kind == "wave" else values
+
+
 @dataclass
 class Split:
-  """One split in order: everything but the sound is in memory."""
+  """One split in order; `streams` are by the names they have in a batch."""
 
   name: str
-  clips: Sequence[Clip]
-  tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)  # text, text_context: int32 [T]
-  sound: Any = None  # by row: int16 [S], or float32 [F, D] where features were extracted
-  previous: Sequence[Sequence[int]] | None = None  # rows of each clip's audio context, oldest first
-  lengths: dict[str, np.ndarray] = field(default_factory=dict)  # by field, int [N]
+  clips: Sequence[Any]  # examples with id, video_id, text and labels {head: float}
+  streams: dict[str, Stream] = field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.clips)
 
   @property
+  def lengths(self) -> dict[str, np.ndarray]:
+    """The length of each example in each stream, int [N]."""
+    return {name: stream.lengths for name, stream in self.streams.items()}
+
+  @property
+  def sound(self) -> Any:
+    """The sound by row: int16 [S], or float32 [F, D] where features were extracted."""
+    return self.streams["audio"].rows
+
+  @property
+  def previous(self) -> Sequence[Sequence[int]]:
+    """The rows of each clip's audio context, oldest first."""
+    previous: Sequence[Sequence[int]] = self.streams["audio_context"].rows.previous
+    return previous
+
+  @property
   def ids(self) -> list[str]:
-    """Names of the clips, "video$_$clip"."""
+    """Names of the examples, "video$_$clip"."""
     return [clip.id for clip in self.clips]
 
   @property
   def video_ids(self) -> list[str]:
-    """The video each clip is from."""
+    """The video each example is from."""
     return [clip.video_id for clip in self.clips]
 
   @property
   def texts(self) -> list[str]:
-    """The texts as label.csv has them."""
+    """The texts as the files have them."""
     return [clip.text for clip in self.clips]
 
   @property
@@ -50,28 +93,25 @@ class Split:
 
 
 def batch_shapes(
-  box: Box, rows: int, *, heads: Sequence[str], feature_width: int | None
-) -> dict[str, jax.ShapeDtypeStruct | Any]:
-  """Returns the shapes of a batch of `rows` padded to `box`; sound is a waveform without `feature_width`."""
+  box: Box, rows: int, *, heads: Sequence[str], kinds: Mapping[str, tuple[str, int | None]]
+) -> dict[str, Any]:
+  """Returns the shapes of a batch of `rows` padded to `box`; `kinds` {stream: (kind, width of features)}."""
 
   def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, *dims), dtype)
 
   batch: dict[str, Any] = {}
   for name, cap in box.items():
-    if name.startswith("text"):
-      batch[name] = {"ids": shape(np.int32, cap), "mask": shape(np.bool_, cap)}
-    elif feature_width is None:
-      batch[name] = {"wave": shape(np.float32, cap), "mask": shape(np.bool_, cap)}
-    else:
-      batch[name] = {"features": shape(np.float32, cap, feature_width), "mask": shape(np.bool_, cap)}
+    kind, width = kinds[name]
+    dims = (cap,) if width is None else (cap, width)
+    batch[name] = {kind: shape(np.int32 if kind == "ids" else np.float32, *dims), "mask": shape(np.bool_, cap)}
   batch["labels"] = {head: shape(np.float32) for head in heads}
   return {**batch, "index": shape(np.int32), "valid": shape(np.bool_)}
 
 
 @dataclass
 class Data:
-  """What `Pipeline.open` returns.
+  """What the `open` of a pipeline returns.
 
   Attributes:
     name: of the data set.
@@ -90,9 +130,7 @@ class Data:
   published: Mapping[str, int]
   dropped: Mapping[str, str]  # {clip name: reason}
   pad_id: int = 0
-  sides: Mapping[str, str] = field(default_factory=dict)  # of audio, audio_context: which end is kept
-  normalize: bool = False
-  feature_width: int | None = None
+  notes: Sequence[str] = ()  # what else a run says of its data
   prefetch: int = 2
 
   @property
@@ -111,6 +149,16 @@ class Data:
     return self.splits["test"]
 
   @property
+  def normalize(self) -> bool:
+    """Whether each wave has zero mean and unit variance."""
+    return self.train.streams["audio"].normalize
+
+  @property
+  def feature_width(self) -> int | None:
+    """Size of a frame of audio features; None for waveforms."""
+    return self.train.streams["audio"].width
+
+  @property
   def eval_boxes(self) -> list[Box]:
     """The training boxes, and the full one if that is larger: other splits may hold longer examples."""
     return self.boxes if self.boxes[-1] == self.full else [*self.boxes, self.full]
@@ -127,13 +175,12 @@ class Data:
     """
     data, count = self.splits[split], len(rows)
     batch = self._empty(box, size)
-    for name, stream in batch.items():
-      if name.startswith(("text", "audio")):
-        for i, row in enumerate(rows):
-          values = data.tokens[name][row] if name in data.tokens else self._sound(data, name, int(row))
-          value_name = next(key for key in stream if key != "mask")
-          stream[value_name][i, : len(values)] = values
-          stream["mask"][i, : len(values)] = True
+    for name in box:
+      stream = data.streams[name]
+      for i, row in enumerate(rows):
+        values = stream[int(row)]
+        batch[name][stream.kind][i, : len(values)] = values
+        batch[name]["mask"][i, : len(values)] = True
     for head in batch["labels"]:
       batch["labels"][head][:count] = [data.clips[row].labels[head] for row in rows]
     batch["index"][:] = len(data)
@@ -145,25 +192,15 @@ class Data:
     shapes = self.batch_shapes(box, size)
     batch: Batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     for name in box:
-      if name.startswith("text"):
+      if "ids" in batch[name]:
         batch[name]["ids"][:] = self.pad_id
     return batch
-
-  def _sound(self, data: Split, name: str, row: int) -> np.ndarray:
-    """Returns one example's stream: float32 [S] or [F, D]."""
-    if name == "audio":
-      sound = data.sound[row]
-    else:
-      assert data.previous is not None
-      parts = [data.sound[other] for other in data.previous[row]]
-      sound = np.concatenate(parts) if parts else data.sound[row][:0]
-    sound = audio.cut(sound, self.full[name], self.sides[name])
-    return sound if self.feature_width is not None else audio.as_float(sound, normalize=self.normalize)
 
   def batch_shapes(self, box: Box, rows: int | None = None) -> dict[str, Any]:
     """Returns the shapes of a batch of `rows` (default: a training batch) padded to `box`."""
     heads = list(self.train.clips[0].labels)
-    return batch_shapes(box, rows or self.batch_size, heads=heads, feature_width=self.feature_width)
+    kinds = {name: (stream.kind, stream.width) for name, stream in self.train.streams.items()}
+    return batch_shapes(box, rows or self.batch_size, heads=heads, kinds=kinds)
 
   def first_batch(self, *, row_multiple: int = 1) -> Batch:
     """Returns one real training batch, whole on every process."""
@@ -224,6 +261,7 @@ class Data:
     for reason, names in reasons.items():
       listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
       lines.append(f"left out {len(names)}: {reason}: {listed}")
+    lines += self.notes
     batches = self.plan("train", seed=0)
     lines.append("\nbox   batches  " + "".join(f"{name:>15}" for name in self.full))
     for i, box in enumerate(self.boxes):

@@ -169,7 +169,7 @@ def prepare(
   return Prepared(builder), name
 
 
-def finished(builder: RawFolder) -> bool:
+def finished(builder: tfds.core.DatasetBuilder) -> bool:
   """Returns whether the records are there and whole."""
   return (Path(builder.data_dir) / "dataset_info.json").is_file()
 

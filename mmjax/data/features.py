@@ -150,7 +150,7 @@ def extract(
   # Evenly spaced: splits whose longest clips are cut alike then share their programs.
   longest = max(int(np.max(lengths, initial=1)), PROGRAMS)
   boxes = [{"audio": -(-longest * (k + 1) // PROGRAMS)} for k in range(PROGRAMS)]
-  params = jax.device_put(parameters(network))
+  variables = jax.device_put(variables_of(network))
 
   with Progress(f"{type(network.encoder).__name__} features", len(lengths), unit="clips") as progress:
     for box, rows in plan.plan({"audio": lengths}, boxes, batch_size, seed=None, epoch=0):
@@ -160,26 +160,26 @@ def extract(
         samples = audio.as_float(waves[clip][: lengths[clip]], normalize=normalize)
         wave[row, : len(samples)] = samples
         mask[row, : len(samples)] = True
-      pooled, counts = jax.device_get(apply(network, params, wave, mask))
+      pooled, counts = jax.device_get(apply(network, variables, wave, mask))
       for row, clip in enumerate(rows):
         yield int(clip), pooled[row, : counts[row]]
         progress.step()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def apply(network: Frozen, params: Any, wave: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(network: Frozen, variables: Any, wave: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns what `network` does, compiled once for equal networks and shapes."""
-  outputs: Any = network.apply({"params": params}, wave, mask)
+  outputs: Any = network.apply(variables, wave, mask)
   return outputs
 
 
-def parameters(network: Frozen) -> Any:
-  """Returns the encoder's published weights, or those of a fixed seed where it names none."""
+def variables_of(network: Frozen) -> dict[str, Any]:
+  """Returns the encoder's variables: published weights and statistics, or those of a fixed seed where it names none."""
   init = functools.partial(network.init, jax.random.key(0))
   example = jnp.zeros((1, SAMPLE_RATE)), jnp.ones((1, SAMPLE_RATE), bool)
   published = getattr(network.encoder, "pretrained", None)
-  params = jax.eval_shape(init, *example) if published else jax.jit(init)(*example)
-  return pretrained.restore(network, params["params"])
+  variables = jax.eval_shape(init, *example) if published else jax.jit(init)(*example)
+  return {collection: pretrained.restore(network, tree) for collection, tree in variables.items()}
 
 
 def write(folder: Path, clips: Iterator[tuple[int, np.ndarray]], count: int, options: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.data import plan, raw_folder, text
 from mmjax.data.audio import SAMPLE_RATE, cut
-from mmjax.data.batches import Data, Split, batch_shapes
+from mmjax.data.batches import Data, Split, Stream, batch_shapes
 from mmjax.data.plan import Box
 from mmjax.errors import UserError
 
@@ -33,6 +33,38 @@ def _choose(owner: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _at_least(owner: str, name: str, value: Any, least: float) -> None:
   if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
     raise UserError(f"{owner}.{name}: found {value!r}, expected a number of at least {least}")
+
+
+def boxes_of(
+  train: Split,
+  costs: Mapping[str, float],
+  *,
+  full: Box,
+  count: int | None,
+  batch_size: int,
+  stored: Sequence[Mapping[str, int]] | None,
+) -> list[Box]:
+  """Returns the training boxes: those `stored` by an earlier start, or at most `count`; None for the full one alone."""
+  if stored is not None:
+    boxes = [{name: int(cap) for name, cap in box.items()} for box in stored]
+    if any(set(box) != set(full) for box in boxes):
+      raise UserError(f"boxes: found {boxes[0]}, expected the fields {', '.join(full)}; choose another --workdir")
+    return boxes
+  if count is None:
+    return [full]
+  return plan.choose_boxes(train.lengths, costs, full=full, count=count, batch_size=batch_size)
+
+
+class Joined:
+  """The sound before each clip: that of its context, one after the other."""
+
+  def __init__(self, sound: Any, previous: Sequence[Sequence[int]]):
+    self.sound, self.previous = sound, previous
+
+  def __getitem__(self, row: int) -> np.ndarray:
+    parts = [self.sound[other] for other in self.previous[row]]
+    none: np.ndarray = self.sound[row][:0]
+    return np.concatenate(parts) if parts else none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +223,11 @@ class Pipeline:
   def abstract_batch(self, *, streams: Collection[str] | None = None) -> dict[str, Any]:
     """Returns the shapes of a batch at full lengths; needs neither data nor tokenizer."""
     width = self.audio.feature_width if self.audio else None
+    sound = ("wave" if width is None else "features", width)
     heads = self.heads or raw_folder.known(self.dataset).heads or ("M",)
-    return batch_shapes(self.full_box(streams), self.batch_size, heads=heads, feature_width=width)
+    box = self.full_box(streams)
+    kinds = {name: ("ids", None) if name.startswith("text") else sound for name in box}
+    return batch_shapes(box, self.batch_size, heads=heads, kinds=kinds)
 
   def open(
     self,
@@ -213,26 +248,16 @@ class Pipeline:
     clips, dropped = raw_folder.read_labels(folder, self.dataset, heads=self.heads, drop_invalid=self.drop_invalid)
     tokenizer = text.load_tokenizer(self.text.tokenizer) if "text" in wanted and self.text else None
     if "audio" in wanted:
-      splits, skipped, width = self._with_sound(folder, clips, Path(cache_dir))
+      splits, skipped = self._with_sound(folder, clips, Path(cache_dir), normalize_wave=normalize_wave)
       dropped |= skipped
     else:
-      splits, width = {name: Split(name, rows) for name, rows in clips.items()}, None
+      splits = {name: Split(name, rows) for name, rows in clips.items()}
     if tokenizer is not None:
       for split in splits.values():
         self._tokenize(split, tokenizer)
-    for split in splits.values():
-      split.lengths = {name: np.minimum(split.lengths[name], cap) for name, cap in full.items()}
     costs = self.field_costs(full)
-    if boxes is not None:
-      chosen = [{name: int(cap) for name, cap in box.items()} for box in boxes]
-      if any(set(box) != set(full) for box in chosen):
-        raise UserError(f"boxes: found {chosen[0]}, expected the fields {', '.join(full)}; choose another --workdir")
-    elif self.boxes is None:
-      chosen = [full]
-    else:
-      options = {"count": self.boxes, "batch_size": self.batch_size}
-      chosen = plan.choose_boxes(splits["train"].lengths, costs, full=full, **options)
-    audio = self.audio or Audio()
+    count = self.boxes
+    chosen = boxes_of(splits["train"], costs, full=full, count=count, batch_size=self.batch_size, stored=boxes)
     return Data(
       name=self.dataset,
       splits=splits,
@@ -244,9 +269,6 @@ class Pipeline:
       published=raw_folder.known(self.dataset).counts,
       dropped=dropped,
       pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
-      sides={"audio": audio.side, "audio_context": audio.context_side},
-      normalize=normalize_wave if audio.normalize is None else audio.normalize,
-      feature_width=width,
       prefetch=self.prefetch,
     )
 
@@ -255,19 +277,21 @@ class Pipeline:
     assert self.text is not None
     case = self.text.case or raw_folder.known(self.dataset).case
     texts = [text.apply_case(clip.text, case) for clip in split.clips]
-    split.tokens["text"] = text.tokenize(tokenizer, texts, max_tokens=self.text.max_tokens)
+    tokens = {"text": text.tokenize(tokenizer, texts, max_tokens=self.text.max_tokens)}
     if self.text.context:
       rows = text.previous_rows(split.clips, self.text.context, gap_aware=self.text.gap_aware)
       joined = text.join_context(texts, rows, tokenizer.sep_token or tokenizer.eos_token or " ")
-      split.tokens["text_context"] = text.tokenize(
+      tokens["text_context"] = text.tokenize(
         tokenizer, joined, max_tokens=self.text.max_tokens, truncate=self.text.context_truncate
       )
-    split.lengths |= {name: np.array([len(ids) for ids in rows]) for name, rows in split.tokens.items()}
+    for name, ids in tokens.items():
+      lengths = np.array([len(row) for row in ids])
+      split.streams[name] = Stream(kind="ids", rows=ids, lengths=lengths, cap=self.text.max_tokens)
 
   def _with_sound(
-    self, folder: Path, clips: Mapping[str, Sequence[raw_folder.Clip]], cache_dir: Path
-  ) -> tuple[dict[str, Split], dict[str, str], int | None]:
-    """Returns the splits with sound or features, {clip name: why it was left out}, and the features' width."""
+    self, folder: Path, clips: Mapping[str, Sequence[raw_folder.Clip]], cache_dir: Path, *, normalize_wave: bool
+  ) -> tuple[dict[str, Split], dict[str, str]]:
+    """Returns the splits with sound or features, and {clip name: why it was left out}."""
     assert self.audio is not None
     everything = [clip for rows in clips.values() for clip in rows]
     paths, skipped = raw_folder.find_wavs(folder, self.dataset, everything, damaged=self.damaged)
@@ -276,25 +300,31 @@ class Pipeline:
 
     records, key = builder.prepare(folder, self.dataset, clips, paths, cache_dir=cache_dir, damaged=self.damaged)
     skipped |= records.skipped
-    splits, width = {}, None
+    splits = {}
     for name, rows in clips.items():
       split = Split(name, [clip for clip in rows if clip.name not in records.skipped])
       if not split.clips:
         raise UserError(f"{folder}: no clip of {name} has usable sound; correct the files named by damaged='fatal'")
       waves = records.waves(name)
+      options: dict[str, Any] = {"kind": "wave", "cap": self.audio.cap}
       if self.audio.encoder is None:
-        split.sound, frames = waves, waves.samples
+        sound: Any = waves
+        lengths = waves.samples
+        options["normalize"] = normalize_wave if self.audio.normalize is None else self.audio.normalize
         if waves.nbytes <= self.in_memory_gb * 1e9:
           waves.load()
       else:
-        split.sound = self._features(waves, cache_dir, f"{key}-{name}-{self.audio.side}")
-        frames, width = np.asarray(split.sound.lengths), split.sound.width
-      split.lengths["audio"] = frames
+        sound = self._features(waves, cache_dir, f"{key}-{name}-{self.audio.side}")
+        lengths = np.asarray(sound.lengths)
+        options |= {"kind": "features", "width": sound.width}
+      split.streams["audio"] = Stream(rows=sound, lengths=lengths, side=self.audio.side, **options)
       if self.audio.context:
-        split.previous = text.previous_rows(split.clips, self.audio.context, gap_aware=self.audio.gap_aware)
-        split.lengths["audio_context"] = np.array([int(frames[row].sum()) for row in split.previous])
+        previous = text.previous_rows(split.clips, self.audio.context, gap_aware=self.audio.gap_aware)
+        before = np.array([int(lengths[row].sum()) for row in previous])
+        joined = Joined(sound, previous)
+        split.streams["audio_context"] = Stream(rows=joined, lengths=before, side=self.audio.context_side, **options)
       splits[name] = split
-    return splits, skipped, width
+    return splits, skipped
 
   def _features(self, waves: Any, cache_dir: Path, key: str) -> Any:
     """Returns the features of a split's clips, extracted in an earlier run or now."""

@@ -6,6 +6,7 @@ Needs no TensorFlow: everything that can be wrong with a folder is said before a
 import csv
 import io
 import math
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,6 +52,12 @@ SETS = {
     ("M", "T", "A", "V"),
     clip_digits=4,
     source=f"CH-SIMS, {MMSA}",
+  ),
+  "simsv2": Set(
+    {"train": 2722, "valid": 647, "test": 1034},
+    1.0,
+    ("M", "T", "A", "V"),
+    source=f"CH-SIMS v2, {MMSA}",
   ),
 }
 
@@ -209,8 +216,7 @@ class Wavs:
       raise UserError(
         f"{found}\nexpected {self.root}/<video_id>/<clip_id>.wav\n"
         "extract the sound of each clip:\n"
-        f"  mkdir -p {self.root}/VIDEO && ffmpeg -i {folder}/raw/VIDEO/CLIP.mp4 -vn -ac 1 -ar 16000"
-        f" {self.root}/VIDEO/CLIP.wav\n"
+        f"  python -m mmjax.prepare --dataset={dataset} --data_dir={shlex.quote(str(folder))}\n"
         "or train on text alone: --gin.mmml.MMML.tasks='\"T\"'"
       )
     self.files: dict[Path, dict[str, Path]] = {}

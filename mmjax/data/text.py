@@ -1,6 +1,8 @@
 """Text to tokens: case, context of earlier utterances, truncation. Text is stored raw and tokenised here."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,16 @@ def load_tokenizer(name: str) -> Any:
   Raises `UserError` within seconds where there is none and no network.
   """
   import os
-  from pathlib import Path
 
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from transformers import AutoTokenizer
 
-  from mmjax.backbones import pretrained, published
+  from mmjax.backbones import pretrained, published, tf_checkpoint
 
   def load(source: str, *, local: bool) -> Any:
+    if tf_checkpoint.alone(Path(source)):
+      return _of_vocabulary(Path(source, tf_checkpoint.VOCABULARY))
     return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
 
   folder = Path(name).is_dir()
@@ -52,6 +55,18 @@ def load_tokenizer(name: str) -> Any:
       f"tokenizer {name!r}: found neither such a folder nor a tokenizer of that name on the hub\n{error}\n"
       "expected a name such as 'roberta-base' or a folder with tokenizer.json"
     ) from None
+
+
+def _of_vocabulary(path: Path) -> Any:
+  """Returns BERT's tokenizer of a vocabulary that comes without a configuration.
+
+  Only its words tell whether it knows upper case: where none has it, as in the Chinese one, texts are lowered.
+  """
+  from transformers import BertTokenizer
+
+  words = path.read_text(encoding="utf-8").splitlines()
+  cased = any(re.search("[A-Z]", word) for word in words if not word.startswith("["))
+  return BertTokenizer.from_pretrained(path.parent, do_lower_case=not cased, local_files_only=True)
 
 
 def apply_case(text: str, case: str) -> str:
