@@ -10,18 +10,24 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 from test_torch_file import mapping, tensor, write_legacy, write_zip
 
 from mmjax.backbones import bert, pretrained, published
+from mmjax.backbones.vision_layers import BatchNorm, batch_norm
 from mmjax.errors import UserError
+from mmjax.papers.m3 import ScoreLoss
+from mmjax.training import mesh as meshes
+from mmjax.training import step
 
 CONFIG = golden.config("backbone_bert")["config"]["full"]
 STATE = golden.state_dict("backbone_bert")
 TEXT = {"ids": jnp.ones((1, 4), jnp.int32), "mask": jnp.ones((1, 4), bool)}
 WAVE = {"wave": jnp.zeros((1, 16000)), "mask": jnp.ones((1, 16000), bool)}
+IMAGE = {"image": jnp.zeros((1, 256, 256, 3))}
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +317,13 @@ COUNTS = {
   "facebook/wav2vec2-large-960h": 315_428_992,
   "facebook/hubert-base-ls960": 94_371_712,
   "TencentGameMate/chinese-hubert-base": 94_371_712,
+  # Without the classifier, the decoder and the predictions of pretraining.
+  "wav2vec_large": 29_390_848,
+  "microsoft/resnet-18": 11_176_512,
+  "microsoft/resnet-34": 21_284_672,
+  "timm/resnet18.tv_in1k": 11_176_512,
+  "timm/resnet34.tv_in1k": 21_284_672,
+  "fabnet": 4_887_904,
 }
 
 
@@ -320,7 +333,7 @@ def test_known_names_have_the_published_size(name):
   kind = pretrained.MODULES[published.CONFIGS[name]["model_type"]]
   # SpecAugment, off by default, has a parameter of its own.
   encoder = pretrained.encoder(name, **({"mask_time_prob": 0.05} if kind == "speech" else {}))
-  example = TEXT if kind == "bert" else WAVE
+  example = {"bert": TEXT, "resnet": IMAGE, "fabnet": IMAGE}.get(kind, WAVE)
   shapes = jax.eval_shape(lambda key: encoder.init(key, example, train=False), jax.random.key(0))["params"]
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == COUNTS[name]
 
@@ -342,3 +355,47 @@ def test_whisper_leaves_its_decoder_behind(tmp_path, prefix):
 def test_aliases_are_known():
   assert set(published.ALIASES.values()) <= set(published.CONFIGS)
   assert pretrained.encoder("FacebookAI/roberta-base").pretrained == "FacebookAI/roberta-base"
+
+
+TABLE = batch_norm("norm", "norm")  # of `Normalized`, whose file has torch's names
+
+
+class Normalized(nn.Module):
+  pretrained: str | None = None
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    return BatchNorm(name="norm")(x, None, train=train)
+
+
+class Images(nn.Module):
+  vision_encoder: nn.Module
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    x = BatchNorm(name="own")(self.vision_encoder(batch["image"], train=train), train=train)
+    return {"M": nn.Dense(1, name="score")(x)[:, 0]}
+
+
+def test_a_run_starts_from_the_published_statistics(tmp_path):
+  names = ("weight", "bias", "running_mean", "running_var")
+  values = {f"norm.{name}": np.full(3, i + 2, np.float32) for i, name in enumerate(names)}
+  write_safetensors(folder(tmp_path / "model") / "model.safetensors", values)
+  network = Images(Normalized(pretrained=str(tmp_path / "model")))
+  state, _ = step.create_state(
+    network,
+    ScoreLoss(),
+    optax.sgd(0.1),
+    frozen=jax.tree.map(lambda _: False, step.abstract(network, {"image": np.zeros((2, 3))})["params"]),
+    accumulate=1,
+    labels={"M": np.zeros(2)},
+    batch={"image": np.zeros((2, 3), np.float32)},
+    key=jax.random.key(0),
+    mesh=meshes.make(devices=jax.devices()[:1]),
+    restore=lambda tree: pretrained.restore(network, tree),
+  )
+  np.testing.assert_array_equal(state.params["vision_encoder"]["norm"]["scale"], [2, 2, 2])
+  statistics = state.model_state["batch_stats"]
+  np.testing.assert_array_equal(statistics["vision_encoder"]["norm"]["mean"], [4, 4, 4])
+  np.testing.assert_array_equal(statistics["vision_encoder"]["norm"]["var"], [5, 5, 5])
+  np.testing.assert_array_equal(statistics["own"]["var"], [1, 1, 1])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmjax.backbones.convert import Table, linear, norm, under
 from mmjax.errors import UserError
-from mmjax.layers import Array, Attention, Encoded, Linear
+from mmjax.layers import Array, Attention, Encoded, Linear, run_layer
 
 ROBERTA = ("roberta", "xlm-roberta")
 
@@ -107,6 +107,7 @@ class Bert(nn.Module):
   roberta: bool = False  # positions as RoBERTa counts them
   pooler: bool = True
   compute_dtype: Any = jnp.float32
+  remat: bool = False  # see layers.run_layer
   pretrained: str | None = None
 
   @property
@@ -150,7 +151,7 @@ class Bert(nn.Module):
         self.compute_dtype,
         name=f"layer_{i}",
       )
-      x = layer(x, mask, train=train)
+      x = run_layer(layer, x, mask, remat=self.remat, train=train)
       self.sow("intermediates", "hidden_states", x.astype(self.compute_dtype))
     if not self.pooler:
       return Encoded(x.astype(self.compute_dtype), mask)

@@ -1,7 +1,8 @@
 """Published encoders by name: the network from its configuration, the weights from a folder or the hub.
 
-A name is a local folder with config.json, one of the names in `published.py` (built without a network), or
-any name on the Hugging Face hub. The hub's cache is used as it is; only what it lacks is downloaded.
+A name is a local folder with config.json, one with Google's TensorFlow checkpoint of BERT, one of the names in
+`published.py` (built without a network), or any name on the Hugging Face hub. The hub's cache is used as it is; only
+what it lacks is downloaded.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from mmjax.backbones import published, torch_file
+from mmjax.backbones import published, tf_checkpoint, torch_file
 from mmjax.backbones.convert import convert
 from mmjax.errors import UserError
 
@@ -33,11 +34,25 @@ MODULES = {
   "hubert": "speech",
   "data2vec-audio": "speech",
   "wavlm": "speech",
+  "wav2vec1": "wav2vec1",
+  "resnet": "resnet",
+  "fabnet": "fabnet",
 }
 # Where an encoder sits in a state dict that also has heads or a decoder.
-PREFIXES = ("bert.", "roberta.", "model.encoder.", "wav2vec2.", "hubert.", "data2vec_audio.", "wavlm.")
+PREFIXES = (
+  "bert.",
+  "roberta.",
+  "model.encoder.",
+  "wav2vec2.",
+  "hubert.",
+  "data2vec_audio.",
+  "wavlm.",
+  "resnet.",
+  tf_checkpoint.PREFIX,
+)
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LOCAL = (*WEIGHTS, tf_checkpoint.INDEX)  # of several files, and nothing on the hub
 MODALITIES = ("text", "audio", "vision")
 
 
@@ -72,7 +87,7 @@ def weights(name: str) -> Mapping[str, np.ndarray]:
   for path in _weight_files(name):
     if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
       raise UserError(f"{path} is a Git LFS pointer, not the weights. Get the file itself: git lfs pull")
-    readers.update(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
+    readers.update(READERS.get(path.suffix, _torch)(path))
   return _Weights(readers)
 
 
@@ -136,6 +151,9 @@ def _torch(path: Path) -> dict[str, Callable[[], np.ndarray]]:
   return {key: functools.partial(np.asarray, value) for key, value in torch_file.tensors(path).items()}
 
 
+READERS = {".safetensors": _safetensors, ".index": tf_checkpoint.readers}
+
+
 def _modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
   """Yields the submodules among the fields of `network`, each with the name that its parameters have."""
   for field in dataclasses.fields(network):
@@ -157,11 +175,12 @@ def _load(module: nn.Module, params: Mapping[str, Any], name: str) -> dict[str, 
   keys = {key.removeprefix(prefix): key for key in source if key.startswith(prefix)}
   shapes = dict(params)
   fresh = {}
-  if "pooler" in shapes and not any(key.startswith("pooler.") for key in keys):
+  if "pooler" in shapes and not any(key.startswith(("pooler.", "pooler/")) for key in keys):
     # Some files were written by a masked language model, which has none; Hugging Face draws it anew, too.
     fresh["pooler"] = shapes.pop("pooler")
     print(f"{name} has no weights for its pooler, which starts from random values", file=sys.stderr, flush=True)
-  table = importlib.import_module(type(module).__module__).TABLE
+  from_tf = prefix == tf_checkpoint.PREFIX
+  table = tf_checkpoint.TABLE if from_tf else importlib.import_module(type(module).__module__).TABLE
   readers = {key: functools.partial(source.__getitem__, full) for key, full in keys.items()}
   return {**_own(convert(_Weights(readers), shapes, table, name=name)), **fresh}
 
@@ -179,6 +198,9 @@ def _config(name: str) -> Mapping[str, Any]:
     if known is not None:
       return known
   path = _file(name, CONFIG)
+  google = Path(name, tf_checkpoint.CONFIG)
+  if path is None and google.is_file():
+    return {"model_type": "bert", **_json(google)}
   if path is None and Path(name).is_dir():
     raise UserError(f"encoder {name!r}: found a folder without {CONFIG}, expected the files of a published model.")
   if path is None:
@@ -197,7 +219,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(name: str) -> list[Path]:
-  path = next((found for file in WEIGHTS if (found := _file(name, file, download=False))), None)
+  path = next((found for file in LOCAL if (found := _file(name, file, download=False))), None)
   if path is None and not Path(name).is_dir():
     path = next((found for file in WEIGHTS if (found := _file(name, file))), None)
   if path is None:
@@ -273,7 +295,7 @@ def _unknown(name: str) -> str:
 
 def _without_weights(name: str) -> str:
   if Path(name).is_dir():
-    return f"encoder {name!r}: found none of {', '.join(WEIGHTS)} in that folder. Put the model's weights there."
+    return f"encoder {name!r}: found none of {', '.join(LOCAL)} in that folder. Put the model's weights there."
   short = name.rpartition("/")[2]
   reach = "there are none on the Hugging Face hub" if _online() else "the Hugging Face hub cannot be reached"
   kind = published.CONFIGS.get(published.ALIASES.get(name, name), {}).get("model_type", "bert")

@@ -98,6 +98,11 @@ def _data2vec(width: int, layers: int, heads: int) -> Config:
   return _speech("data2vec-audio", width, layers, heads, **facts, **positions)
 
 
+def _resnet(depths: list[int]) -> Config:
+  widths = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512]}
+  return {"model_type": "resnet", "layer_type": "basic", "hidden_act": "relu", "depths": depths, **widths}
+
+
 _PRETRAINING: Config = {"activation_dropout": 0.0, "layerdrop": 0.0}  # wav2vec2 files that were never fine-tuned
 
 CONFIGS: dict[str, Config] = {
@@ -125,4 +130,10 @@ CONFIGS: dict[str, Config] = {
   "facebook/wav2vec2-large-960h": _speech("wav2vec2", 1024, 24, 16),
   "facebook/hubert-base-ls960": _speech("hubert"),
   "TencentGameMate/chinese-hubert-base": _speech("hubert"),
+  "wav2vec_large": {"model_type": "wav2vec1"},  # fairseq's wav2vec 1.0
+  "microsoft/resnet-18": _resnet([2, 2, 2, 2]),
+  "microsoft/resnet-34": _resnet([3, 4, 6, 3]),
+  "timm/resnet18.tv_in1k": _resnet([2, 2, 2, 2]),  # torchvision's IMAGENET1K_V1
+  "timm/resnet34.tv_in1k": _resnet([3, 4, 6, 3]),
+  "fabnet": {"model_type": "fabnet"},
 }

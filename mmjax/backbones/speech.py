@@ -24,7 +24,7 @@ from mmjax.backbones.speech_layers import (
   span_mask,
 )
 from mmjax.errors import UserError
-from mmjax.layers import Array, Encoded, Linear, torch_uniform
+from mmjax.layers import Array, Encoded, Linear, run_layer, torch_uniform
 
 KINDS = ("data2vec-audio", "hubert", "wav2vec2", "wavlm")
 # Fields that bear the name they have in a config.json, without those that turn LayerDrop and SpecAugment on.
@@ -86,6 +86,7 @@ class Speech(nn.Module):
   init_std: float = 0.02
   padding: str = "exact"
   compute_dtype: Any = jnp.float32
+  remat: bool = False  # see layers.run_layer
   pretrained: str | None = None
 
   def __post_init__(self) -> None:
@@ -163,7 +164,7 @@ class Speech(nn.Module):
         self.compute_dtype,
         name=f"layer_{i}",
       )
-      y = layer(x, mask, relative, train=train)
+      y = run_layer(layer, x, mask, relative, remat=self.remat, train=train)
       if train and self.layerdrop:
         y = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), self.layerdrop), x, y)
       x = y

@@ -38,7 +38,7 @@ STORAGES = {
   "UntypedStorage": np.uint8,
   "_UntypedStorage": np.uint8,
 }
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # Lightning, tutorials, fairseq
+WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_model")  # Lightning, tutorials, fairseq, FAb-Net
 OVERLAP_LIMIT = 1 << 24  # elements of a tensor that repeats its storage, as an expanded one does
 
 DAMAGE = (

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmjax.backbones.convert import Table, conv1d, linear, norm, transpose, under
 from mmjax.errors import UserError
-from mmjax.layers import Array, Attention, Encoded, Linear
+from mmjax.layers import Array, Attention, Encoded, Linear, run_layer
 
 SAMPLE_RATE = 16_000
 WINDOW = 400  # samples, 25 ms
@@ -148,6 +148,7 @@ class Whisper(nn.Module):
   activation_dropout: float = 0.0
   init_std: float = 0.02
   compute_dtype: Any = jnp.float32
+  remat: bool = False  # see layers.run_layer
   pretrained: str | None = None
 
   def num_frames(self, samples: Any) -> Any:
@@ -194,7 +195,7 @@ class Whisper(nn.Module):
         self.compute_dtype,
         name=f"layer_{i}",
       )
-      x = layer(x, mask, train=train)
+      x = run_layer(layer, x, mask, remat=self.remat, train=train)
     x = jnp.where(mask[..., None], _norm("norm", self.compute_dtype)(x), 0)
     self.sow("intermediates", "hidden_states", x)
     return Encoded(x, mask)
