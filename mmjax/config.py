@@ -31,6 +31,8 @@ MAY_CHANGE = (
   "Experiment.fsdp",
   "Experiment.log_every",
   "Experiment.save_minutes",
+  "Features.in_memory_gb",
+  "Features.prefetch",
   "Pipeline.in_memory_gb",
   "Pipeline.prefetch",
 )

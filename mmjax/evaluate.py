@@ -1,10 +1,11 @@
-"""`python -m mmjax.evaluate`: scores a checkpoint of a workdir on a split."""
+"""`python -m mmjax.evaluate`: scores a checkpoint of a workdir on a split, whole or with something missing."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mmjax import config
+from mmjax import config, robustness, robustness_report
 from mmjax.errors import UserError
 
 
@@ -14,7 +15,15 @@ def run(argv: Sequence[str]) -> int:
   parser.add_argument("--workdir", type=Path, required=True, help="folder of a run that train made")
   parser.add_argument("--checkpoint", default="best_loss", help="best_loss (default), best_accuracy, latest or a step")
   parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+  lacking = parser.add_mutually_exclusive_group()
+  lacking.add_argument("--drop", help="score without these modalities, as in --drop=audio,vision")
+  lacking.add_argument(
+    "--robustness",
+    action="store_true",
+    help="score without every subset of the modalities, and with 10 to 90%% of all steps lost",
+  )
   flags = config.parse(parser, argv)
+  drop = robustness.parse(flags.drop) if flags.drop is not None else None
   gin_file = flags.workdir / "config.gin"
   if not gin_file.is_file():
     raise UserError(
@@ -31,15 +40,22 @@ def run(argv: Sequence[str]) -> int:
   from mmjax.training.compilation import use_cache
 
   use_cache(cache_dir)
-  results = evaluation.evaluate(
-    loaded.experiment,
-    workdir=flags.workdir,
-    checkpoint=flags.checkpoint,
-    split=flags.split,
-    data_dir=data_dir,
-    cache_dir=cache_dir,
-  )
-  print(evaluation.table(results, flags.split))
+  where: dict[str, Any] = {
+    "workdir": flags.workdir,
+    "checkpoint": flags.checkpoint,
+    "split": flags.split,
+    "data_dir": data_dir,
+    "cache_dir": cache_dir,
+  }
+  if drop is None and not flags.robustness:
+    print(evaluation.table(evaluation.evaluate(loaded.experiment, **where), flags.split))
+  else:
+    part = robustness.evaluate(loaded.experiment, **where, drop=drop)
+    if drop is not None:
+      part = {"missing": {"+".join(drop): part["missing"]["+".join(drop)]}}
+    scores = next(iter(part["missing"].values()))
+    for head in sorted(set(scores) - {"loss"}, key="MTAV".find):
+      print(f"{head}, {flags.split}\n\n{robustness_report.table([part], head)}\n")
   print(f"written to {flags.workdir / 'results.json'}")
   return 0
 

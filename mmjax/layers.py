@@ -114,3 +114,16 @@ def masked_mean(x: Array, mask: Array) -> Array:
   weights = mask.astype(jnp.float32)[..., None]
   total = jnp.sum(x.astype(jnp.float32) * weights, axis=1)
   return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+
+
+def run_layer(layer: nn.Module, *arrays: Any, remat: bool, train: bool) -> Any:
+  """Returns `layer(*arrays, train=train)`.
+
+  With `remat` the backward pass computes the layer's activations again instead of keeping them: about a third
+  more work for a fraction of the memory.
+  """
+
+  def run(layer: Any, *arrays: Any) -> Any:
+    return layer(*arrays, train=train)
+
+  return (nn.remat(run) if remat and train else run)(layer, *arrays)

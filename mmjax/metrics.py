@@ -8,7 +8,8 @@ Every metric is finite. Where a definition has nothing to count, the value is 0.
 labels are constant (or there is one example), and the Non0 metrics when every label is zero.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ Metric = Callable[[Any, Any], Values]
 SIMS_BOUNDS = {"Mult_acc_2": (0.0,), "Mult_acc_3": (-0.1, 0.1), "Mult_acc_5": (-0.7, -0.1, 0.1, 0.7)}
 
 
-def mosi_regression(pred: Any, true: Any) -> Values:
+def mosi_regression(pred: Any, true: Any, *, f1_swapped: bool = False) -> Values:
   """Returns the MOSI/MOSEI metrics of predicted scores `pred` [N] for labels `true` [N] in -3..3.
 
   - Has0_acc_2, Has0_F1_score: two classes, value >= 0 against value < 0, for prediction and label; every
@@ -30,18 +31,49 @@ def mosi_regression(pred: Any, true: Any) -> Values:
     [-3, 3] (5 classes: [-2, 2]) and rounding half to even (0.5 -> 0, 1.5 -> 2, 2.5 -> 2), in this order.
   - MAE, Corr: mean absolute error and Pearson correlation of the values as they are, not clipped.
 
-  F1 is the weighted one: the F1 of each class, averaged with the class's share of the labels. Raises
-  ValueError for empty or non-finite input and for unequal lengths. Source: SM15.
+  F1 is the weighted one: the F1 of each class, averaged with the class's share of the labels. `f1_swapped`
+  averages with its share of the predictions, as the code of M3 and MulT does, which hands the two over in the
+  other order (M11). Raises ValueError for empty or non-finite input and for unequal lengths. Source: SM15.
   """
   pred, true = _scores(pred, true)
   kept = true != 0
-  has0 = _two_classes(pred >= 0, true >= 0, "Has0")
-  non0 = _two_classes(pred[kept] > 0, true[kept] > 0, "Non0")
+  has0 = _two_classes(pred >= 0, true >= 0, "Has0", f1_swapped=f1_swapped)
+  non0 = _two_classes(pred[kept] > 0, true[kept] > 0, "Non0", f1_swapped=f1_swapped)
   rounded = {
     f"Mult_acc_{2 * limit + 1}": _accuracy(*(np.round(np.clip(x, -limit, limit)) for x in (pred, true)))
     for limit in (2, 3)
   }
   return {**has0, **non0, **rounded, **_distance(pred, true)}
+
+
+def m3_regression(pred: Any, true: Any, *, f1_swapped: bool = False) -> Values:
+  """Returns `mosi_regression` and M3's third pair of two-class metrics, for scores and labels in -3..3.
+
+  - Neg0_acc_2, Neg0_F1_score: value > 0 against value <= 0; every example counts, and a zero is negative.
+
+  Of M3's names, `f1_pos` is Has0, `f1_neg` Neg0 and `f1` Non0, with `f1_swapped=True` (M11).
+  """
+  values = mosi_regression(pred, true, f1_swapped=f1_swapped)
+  pred, true = _scores(pred, true)
+  return {**values, **_two_classes(pred > 0, true > 0, "Neg0", f1_swapped=f1_swapped)}
+
+
+def emotions(scores: Any, present: Any, names: Sequence[str]) -> Values:
+  """Returns {name_acc, name_F1} of each emotion by itself, present or absent, as IEMOCAP is scored.
+
+  `scores` [N, C] are above 0 where an emotion is taken to be present, `present` [N, C] is 0 or 1, `names` are the C
+  emotions. F1 is weighted. Raises ValueError as `mosi_regression` and for other shapes.
+  """
+  scores, present = np.asarray(scores, np.float32), np.asarray(present)
+  if scores.ndim != 2 or not scores.shape == present.shape == (len(scores), len(names)):
+    raise ValueError(f"Emotion scores {scores.shape}, labels {present.shape}: expected (N, {len(names)}) for both.")
+  if not len(scores):
+    raise ValueError("No examples: metrics need at least one.")
+  _check_finite(scores, "predictions")
+  values: Values = {}
+  for name, pred, true in zip(names, (scores > 0).T, (present > 0).T, strict=True):
+    values |= {f"{name}_acc": _accuracy(pred, true), f"{name}_F1": _weighted_f1(pred, true)}
+  return values
 
 
 def sims_regression(pred: Any, true: Any) -> Values:
@@ -105,6 +137,11 @@ METRICS: dict[str, dict[str, Metric]] = {
   "mosei": {"regression": mosi_regression, "classification": classification},
   "sims": {"regression": sims_regression, "classification": classification},
   "simsv2": {"regression": sims_regression, "classification": classification},
+}
+# By name, in place of those of the data set (`Experiment.metric`).
+NAMED: dict[str, Metric] = {
+  "m3": m3_regression,
+  "m3_swapped": functools.partial(m3_regression, f1_swapped=True),  # M11
 }
 SELECTION = ("Has0_acc_2", "Mult_acc_2")
 
@@ -176,8 +213,9 @@ def _weighted_f1(pred: np.ndarray, true: np.ndarray) -> float:
   return float(total / len(true)) if len(true) else 0.0
 
 
-def _two_classes(pred: np.ndarray, true: np.ndarray, prefix: str) -> Values:
-  return {f"{prefix}_acc_2": _accuracy(pred, true), f"{prefix}_F1_score": _weighted_f1(pred, true)}
+def _two_classes(pred: np.ndarray, true: np.ndarray, prefix: str, *, f1_swapped: bool = False) -> Values:
+  f1 = _weighted_f1(true, pred) if f1_swapped else _weighted_f1(pred, true)
+  return {f"{prefix}_acc_2": _accuracy(pred, true), f"{prefix}_F1_score": f1}
 
 
 def _distance(pred: np.ndarray, true: np.ndarray) -> Values:

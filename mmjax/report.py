@@ -17,29 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import metrics
+from mmjax import drift, metrics, pictures, robustness_report
 from mmjax.errors import UserError
+from mmjax.pictures import BLUE, GREY, INK, ORANGE
+from mmjax.training import traces
 
 Row = tuple[str, dict[str, str]]
 
 HEADS = {"M": "M, all modalities", "T": "T, text only", "A": "A, audio only", "V": "V, vision only"}
-BLUE, ORANGE, GREY, INK = "#2f5d8a", "#d9822b", "#5c626b", "#22262b"
-STYLE: Any = {
-  "font.size": 10,
-  "axes.edgecolor": GREY,
-  "axes.labelcolor": INK,
-  "text.color": INK,
-  "xtick.color": INK,
-  "ytick.color": INK,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-}
 
 
 def write(
   workdir: Path, *, checkpoint: str | None = None, baseline: Mapping | None = None, note: str | None = None
 ) -> str:
   """Returns the report as Markdown, after writing it to report.md beside report.png in `workdir`.
+
+  A run whose objective left traces (generated labels) gets drift.png, too; of several seeds, the first one's. One
+  that `mmjax.evaluate --robustness` (or `--drop`) scored gets that table, and robustness.png; of several seeds, if
+  every one has it.
 
   `checkpoint` (default: the run's primary one) is the one whose heads are listed and marked; the other kept
   checkpoints get one row each. `note` stands on top of the report and under the picture. Raises UserError
@@ -66,8 +61,18 @@ def write(
   subtitle = [f"{heads[0]} head", checkpoint, f"r = {scores['Corr']:.3f}", f"MAE = {scores['MAE']:.3f}"]
   if seeds:
     subtitle.insert(2, f"seed {seeds[0]}")
-  text = _markdown(workdir, results, details[0], checkpoint, rows, _comparison(rows, baseline), baseline, note)
+  epochs, labels = traces.read(runs[0])
+  text = _markdown(
+    workdir, results, details[0], checkpoint, rows, _comparison(rows, baseline), baseline, note, drifted=bool(epochs)
+  )
+  lossy_runs = _lossy(details, checkpoint, heads[0])
   try:
+    if lossy_runs:
+      options = (details[0].get("constant", {}).get("test", {}).get(heads[0], {}), HEADS)
+      drawn = robustness_report.draw(workdir / "robustness.png", lossy_runs, heads[0], *options)
+      text += "\n" + _robustness(lossy_runs, heads[0], checkpoint, drawn=drawn)
+    if epochs:
+      drift.draw(workdir / "drift.png", epochs, labels, HEADS)
     _draw(workdir / "report.png", pred, true, "   ".join(subtitle), curves, marks, checkpoint, note)
     (workdir / "report.md").write_text(text, encoding="utf-8")
   except OSError as error:
@@ -210,6 +215,8 @@ def _markdown(
   comparison: str | None,
   baseline: Mapping | None,
   note: str | None,
+  *,
+  drifted: bool,
 ) -> str:
   facts = [f"Dataset {detail.get('dataset', 'unknown')}"]
   facts += [f"{count} {split}" for split, count in detail.get("counts", {}).items()]
@@ -228,6 +235,28 @@ def _markdown(
     ", ".join(facts) + ".",
   ]
   parts += [_table(rows), *remarks, "![predicted against true, and losses](report.png)"]
+  if drifted:
+    parts.append("![how the generated labels drift over the epochs](drift.png)")
+  return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _lossy(details: Sequence[Mapping], checkpoint: str, head: str) -> list[Mapping]:
+  """Returns each run's scores with something missing, if every run has them of this very checkpoint."""
+  found = []
+  for detail in details:
+    scores = detail.get("robustness", {}).get(checkpoint, {})
+    if scores.get("step") == detail["checkpoints"][checkpoint].get("step") and "test" in scores:
+      found.append(scores["test"])
+  return found if len(found) == len(details) and robustness_report.rows(found, head) else []
+
+
+def _robustness(runs: Sequence[Mapping], head: str, checkpoint: str, *, drawn: bool) -> str:
+  parts = [
+    "## Missing modalities and lost steps",
+    f"Test scores of {HEADS.get(head, head)} ({checkpoint}). Definitions: mmjax/robustness.py.",
+    robustness_report.table(runs, head),
+    "![scores over the share of lost steps](robustness.png)" if drawn else "",
+  ]
   return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -241,34 +270,15 @@ def _draw(
   checkpoint: str,
   note: str | None,
 ) -> None:
-  import matplotlib as mpl
-
-  mpl.use("Agg")
-  import matplotlib.pyplot as plt
-
-  with plt.rc_context(STYLE):
-    figure, (left, right) = plt.subplots(
-      1, 2, figsize=(11, 5), layout="constrained", gridspec_kw={"width_ratios": [1, 1.25]}
-    )
+  widths = {"width_ratios": [1, 1.25]}
+  with pictures.figure(path, 2, figsize=(11, 5), gridspec_kw=widths) as (figure, (left, right)):
     _draw_predictions(left, pred, true, subtitle)
     _draw_losses(right, curves, marks, checkpoint)
     engine = figure.get_layout_engine()
-    assert engine is not None
     footer = textwrap.fill(note, 150) if note else ""
     below = 0.04 * (footer.count("\n") + 1) + 0.01 if footer else 0
-    engine.set(wspace=0.06, w_pad=0.12, h_pad=0.1, rect=(0, below, 1, 1 - below))  # type: ignore[call-arg]
+    engine.set(wspace=0.06, w_pad=0.12, h_pad=0.1, rect=(0, below, 1, 1 - below))
     figure.text(0.012, 0.018, footer, fontsize=9, color=GREY, style="italic", va="bottom")
-    try:
-      figure.savefig(path, dpi=200, facecolor="white")
-    finally:
-      plt.close(figure)
-
-
-def _title(axes: Any, title: str, subtitle: str) -> None:
-  axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=24)
-  axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9.5, color=GREY)
-  axes.grid(color="#e8eaed", linewidth=0.7)
-  axes.set_axisbelow(True)
 
 
 def _draw_predictions(axes: Any, pred: np.ndarray, true: np.ndarray, subtitle: str) -> None:
@@ -285,7 +295,7 @@ def _draw_predictions(axes: Any, pred: np.ndarray, true: np.ndarray, subtitle: s
   axes.plot(ends, ends, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label="predicted = true", zorder=3)
   axes.legend(frameon=False, fontsize=9.5, loc="lower right")
   axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="true", ylabel="predicted")
-  _title(axes, f"Predicted against true, {len(pred):,} test examples", subtitle)
+  pictures.title(axes, f"Predicted against true, {len(pred):,} test examples", subtitle)
 
 
 def _draw_losses(axes: Any, curves: Sequence[Mapping], marks: Sequence[Mapping], checkpoint: str) -> None:
@@ -315,7 +325,7 @@ def _draw_losses(axes: Any, curves: Sequence[Mapping], marks: Sequence[Mapping],
   axes.xaxis.get_major_locator().set_params(integer=True)
   axes.legend(frameon=False, fontsize=9.5, loc="best")
   ended = f"{len(curves)} seeds" if len(curves) > 1 else f"{checkpoint} is of epoch {marks[0].get('epoch')}"
-  _title(axes, "Loss", ended)
+  pictures.title(axes, "Loss", ended)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,10 +29,11 @@ def run(argv: Sequence[str]) -> int:
 
   from mmjax.training import fit
   from mmjax.training import seeds as several
-  from mmjax.training.compilation import use_cache
+  from mmjax.training.compilation import free_memory_after_compiling, use_cache
   from mmjax.training.signals import Interrupted
 
   use_cache(cache_dir)
+  free_memory_after_compiling()
   runs = [(workdir, loaded)]
   if seeds:
     runs = [

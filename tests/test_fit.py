@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import make_data
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mmjax import evaluate, train
 from mmjax.errors import UserError
@@ -228,7 +230,18 @@ def test_seeds_give_mean_and_deviation(folder, straight):
   assert results["std"]["checkpoints"]["best_loss"]["test"]["M"]["MAE"] == pytest.approx(abs(maes[0] - maes[1]) / 2)
 
 
-def test_dry_run_describes_and_writes_nothing(folder, capsys):
+@pytest.fixture
+def without_compilation_cache():
+  """Commands that earlier tests ran in this process have turned it on; a command of its own starts without."""
+  kept = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update("jax_compilation_cache_dir", kept)
+  compilation_cache.reset_cache()
+
+
+def test_dry_run_describes_and_writes_nothing(folder, without_compilation_cache, capsys):
   before = sorted(folder.rglob("*"))
   assert train.run(flags(folder, "dry", "--dry_run")) == 0
   output = capsys.readouterr().out

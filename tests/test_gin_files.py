@@ -4,9 +4,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_feature_file import COUNTS, mmsa, write
 
 from mmjax import config
 from mmjax.training import dry_run
+from mmjax.training import mesh as meshes
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "gin").glob("*.gin"))
@@ -30,8 +32,12 @@ def test_traces_a_full_size_train_step(path):
   batch = experiment.abstract_batch()
   state, (new_state, logs) = dry_run.shape_step(experiment, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  assert set(logs) - {"examples"} == set(experiment.network.tasks)
-  assert dry_run.size(state.params) > 10_000_000
+  variables = {"params": state.params, **state.model_state}
+  outputs = jax.eval_shape(lambda v, b: experiment.network.apply(v, b, train=False), variables, batch)
+  heads = jax.eval_shape(experiment.objective.predictions, outputs)
+  assert heads
+  assert set(logs) >= {"examples", *heads}
+  assert dry_run.size(state.params) > 5_000_000
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -57,3 +63,28 @@ def test_an_unneeded_tower_is_neither_built_nor_fed():
   assert "audio" not in batch
   state, _ = dry_run.shape_step(experiment, batch)
   assert set(state.params) == {"text_encoder", "T"}
+
+
+def test_a_dry_run_of_a_feature_file_writes_nothing(tmp_path, capsys):
+  write(tmp_path / "own.pkl", mmsa())
+  experiment = config.load(ROOT / "gin" / "self_mm_mosi.gin", ["feature_pipeline.Features.file='own.pkl'"]).experiment
+  dry_run.describe(experiment, data_dir=tmp_path, cache_dir=tmp_path / "cache")
+  printed = capsys.readouterr().out
+  for words in ("own.pkl: unknown file", "vision/features", "text_encoder", "loss terms: A, M, T, V"):
+    assert words in printed, words
+  assert [path.name for path in tmp_path.iterdir()] == ["own.pkl"]
+
+
+def test_a_dry_run_counts_the_memory_of_all_training_examples(tmp_path):
+  write(tmp_path / "own.pkl", mmsa())
+  experiment = config.load(ROOT / "gin" / "self_mm_mosi.gin", ["feature_pipeline.Features.file='own.pkl'"]).experiment
+  data = experiment.open_data(tmp_path, tmp_path / "cache")
+  state, _ = dry_run.shape_step(experiment, data.first_batch(), data.train.labels)
+  assert state.memory["features"]["M"].shape == (COUNTS["train"], 128)
+
+
+def test_the_largest_configuration_lowers_for_eight_devices():
+  options = ["COMPUTE_DTYPE='bfloat16'", "experiment.Experiment.fsdp=8"]
+  experiment = config.load(ROOT / "gin" / "mmml_mosi_context.gin", options).experiment
+  lowered = dry_run.lower(experiment, experiment.abstract_batch(), meshes.make(8))
+  assert "stablehlo" in lowered.as_text()[:10_000]

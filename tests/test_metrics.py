@@ -50,6 +50,67 @@ def test_golden_non0_is_higher_when_fixed():
   assert msa["Non0_acc_2"] == np.mean((pred[kept, 2] <= pred[kept, 0]) & (true[kept] == 0))
 
 
+M3_NAMES = {
+  "mae": "MAE",
+  "corr": "Corr",
+  "acc_7": "Mult_acc_7",
+  "acc_5": "Mult_acc_5",
+  "f1_pos": "Has0_F1_score",
+  "bin_acc_pos": "Has0_acc_2",
+  "f1_neg": "Neg0_F1_score",
+  "bin_acc_neg": "Neg0_acc_2",
+  "f1": "Non0_F1_score",
+  "bin_acc": "Non0_acc_2",
+}
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_golden_m3(case):
+  stored = golden.config("m3_mosei_metrics")["cases"][case]
+  pred, true = np.float32(stored["preds"]), np.float32(stored["truths"])
+  theirs = metrics.m3_regression(pred, true, f1_swapped=True)
+  expected = stored["eval_mosei_senti"]
+  assert {M3_NAMES[name] for name in expected} == set(theirs)
+  for name, value in expected.items():
+    assert theirs[M3_NAMES[name]] == pytest.approx(value, abs=1e-6), name
+
+  # Their older function calls other variants by the same names, and can leave out the zeros before each.
+  old = stored["eval_mosei_senti_old_exclude_zero_false"]
+  assert (old["f1"], old["f1_neg"]) == pytest.approx((theirs["Has0_F1_score"], theirs["Neg0_F1_score"]))
+  without = metrics.m3_regression(pred[true != 0], true[true != 0], f1_swapped=True)
+  old = stored["eval_mosei_senti_old_exclude_zero_true"]
+  assert (old["f1"], old["f1_neg"]) == pytest.approx((without["Has0_F1_score"], without["Neg0_F1_score"]))
+  assert old["bin_acc_neg"] == pytest.approx(without["Neg0_acc_2"])
+
+  # The order matters to F1 alone; the right one is scikit-learn's of (labels, predictions).
+  right, everything = metrics.m3_regression(pred, true), np.ones(len(true), bool)
+  assert all(right[name] == theirs[name] for name in right if "F1" not in name)
+  for name, kept, limit in (
+    ("Has0", everything, np.greater_equal),
+    ("Neg0", everything, np.greater),
+    ("Non0", true != 0, np.greater),
+  ):
+    labels, predictions = limit(true[kept], 0), limit(pred[kept], 0)
+    assert right[f"{name}_F1_score"] == pytest.approx(f1_score(labels, predictions, average="weighted"))
+    assert theirs[f"{name}_F1_score"] == pytest.approx(f1_score(predictions, labels, average="weighted"))
+  assert right["Has0_F1_score"] != theirs["Has0_F1_score"]
+
+
+def test_golden_emotions():
+  stored = golden.config("m3_mosei_metrics")["eval_iemocap"]
+  logits = np.float32(stored["logits_n_by_8"]).reshape(-1, 4, 2)
+  names = ("neutral", "happy", "sad", "angry")
+  got = metrics.emotions(logits[..., 1] - logits[..., 0], stored["labels_n_by_4"], names)
+  assert {name.lower(): value for name, value in got.items()} == pytest.approx(stored["result"])
+  for scores, present, message in (
+    (np.zeros((0, 4)), np.zeros((0, 4)), "No examples"),
+    (np.zeros((3, 4)), np.zeros((3, 1)), "expected .N, 4. for both"),
+    (np.full((1, 4), np.nan), np.zeros((1, 4)), "4 of 4 predictions"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      metrics.emotions(scores, present, names)
+
+
 def test_mosi_by_hand():
   #        zero: positive in Has0 | out of Non0 | 2.5 rounds to 2, 3.5 clips to 3 | -0.5 rounds to 0
   pred = [0.0, -0.1, 3.5, -0.5]

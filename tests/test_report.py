@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmjax import metrics, report
+from mmjax.training import traces
 
 NOTE = "The speech is synthetic."
 
@@ -209,3 +210,23 @@ def test_help_is_quick_and_imports_no_jax():
   assert "--workdir" in done.stdout
   assert done.stdout.splitlines()[-1] == "[]"
   assert time.monotonic() - start < 2
+
+
+def test_labels_that_drift_get_a_picture(tmp_path):
+  class Objective:
+    def trace(self, memory):
+      return memory
+
+  make_run(tmp_path)
+  assert "drift.png" not in report.write(tmp_path)
+  start = np.linspace(-3, 3, 50)
+  for epoch in (1, 2, 10):
+    traces.write(tmp_path, epoch, Objective(), {"M": start, "A": start / epoch})
+  traces.write(tmp_path, 11, object(), {})  # an objective without a trace leaves none
+  epochs, labels = traces.read(tmp_path)
+  assert epochs == [1, 2, 10]
+  np.testing.assert_allclose(labels["A"][2], start / 10, rtol=1e-6)
+  assert "](drift.png)" in report.write(tmp_path)
+  assert (tmp_path / "drift.png").stat().st_size > 10_000
+  (tmp_path / "trace" / "epoch_0002.npz").write_bytes(b"PK\x03\x04")
+  assert report.main([f"--workdir={tmp_path}"]) == 2

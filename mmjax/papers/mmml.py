@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import UserError
-from mmjax.layers import Array, Attention, Encoded, Linear, masked_mean
+from mmjax.layers import Array, Attention, Encoded, Linear, masked_mean, run_layer
 
 # Hidden widths of the fused head by (fusion, context), between the fused features and the score.
 FUSED_WIDTHS = {
@@ -130,6 +130,7 @@ class CME(nn.Module):
   dropout: float = 0.3
   head_width: int = 64
   compute_dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, text: Encoded, audio: Encoded, *, train: bool) -> tuple[Array, Array]:
@@ -138,9 +139,8 @@ class CME(nn.Module):
     masks = {name: jnp.pad(s.mask, ((0, 0), (1, 0)), constant_values=True) for name, s in streams.items()}
     for i in range(self.layers):
       layer = CMELayer(self.dropout, self.head_width, self.compute_dtype, name=f"layer_{i}")
-      states["text"], states["audio"] = layer(
-        states["text"], masks["text"], states["audio"], masks["audio"], train=train
-      )
+      streams_in = (states["text"], masks["text"], states["audio"], masks["audio"])
+      states["text"], states["audio"] = run_layer(layer, *streams_in, remat=self.remat, train=train)
     vectors = {}
     for name, encoded in streams.items():
       cls = states[name][:, 0]
@@ -154,7 +154,7 @@ class CME(nn.Module):
         for i in range(self.mix_layers):
           heads = mixed.shape[-1] // (2 * self.head_width)
           mix = MixLayer(heads, compute_dtype=self.compute_dtype, name=f"{name}_mix_{i}")
-          mixed = mix(mixed, masks[name], train=train)
+          mixed = run_layer(mix, mixed, masks[name], remat=self.remat, train=train)
         cls = mixed[:, 0]
       vectors[name] = cls
     return vectors["text"], vectors["audio"]
@@ -178,6 +178,7 @@ class MMML(nn.Module):
     share_cme: whether context streams pass through the same CME layers and CLS vectors (MM7).
     empty_context: "masked" leaves an absent audio context out (its vector is zero); "silent" encodes it as a
       clip of zeros, one frame short of the whole box, as the authors' code happens to do (MM9, MM24).
+    remat: computes the fusion's layers again in the backward pass (layers.run_layer); encoders have their own.
   """
 
   text_encoder: nn.Module | None = None
@@ -194,6 +195,7 @@ class MMML(nn.Module):
   fused_widths: tuple[int, ...] | None = None
   empty_context: str = "masked"
   compute_dtype: Any = "float32"
+  remat: bool = False
 
   def __post_init__(self) -> None:
     choices = {
@@ -223,6 +225,9 @@ class MMML(nn.Module):
     if "text" in self.streams:
       assert self.text_encoder is not None
       texts = [self.text_encoder(batch[f"text{name}"], train=train) for name in names]
+      # What an encoder makes of padding alone depends on the box.
+      there = [text.mask.any(axis=1, keepdims=True) for text in texts]
+      texts = [t._replace(pooled=jnp.where(some, t.pooled, 0)) for t, some in zip(texts, there, strict=True)]
     if "audio" in self.streams:
       audios = [self.encode_audio(batch[f"audio{name}"], train=train) for name in names]
 
@@ -264,11 +269,12 @@ class MMML(nn.Module):
     if self.fusion == "cc":
       vectors = [stream.pooled for stream in (*texts, *audios)]
     else:
-      options = (self.cme_version, self.cme_layers, self.mix_layers, self.dropout, self.head_width)
-      shared = CME(*options, self.compute_dtype, name="cme")
+      sizes = (self.cme_version, self.cme_layers, self.mix_layers, self.dropout, self.head_width)
+      options: tuple[Any, ...] = (*sizes, self.compute_dtype, self.remat)
+      shared = CME(*options, name="cme")
       modules = [shared, shared]
       if self.context and not self.share_cme:
-        modules[1] = CME(*options, self.compute_dtype, name="cme_context")
+        modules[1] = CME(*options, name="cme_context")
       pairs = [cme(text, audio, train=train) for cme, text, audio in zip(modules, texts, audios, strict=False)]
       present = [audio.mask.any(axis=1, keepdims=True) for audio in audios]
       vectors = [text for text, _ in pairs]

@@ -2,12 +2,14 @@
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mmjax.training import mesh as meshes
 from mmjax.training import step
@@ -26,8 +28,12 @@ def parameter_counts(params: Any, frozen: Any) -> str:
   return "\n".join([*lines, f"{'total':<20}{total[0]:>14,}{total[1]:>14,}"])
 
 
-def shape_step(experiment: Experiment, batch: Any) -> tuple[step.State, Any]:
-  """Returns the shapes of the state and of one train step's (state, logs) for a batch (of arrays or shapes)."""
+def shape_step(experiment: Experiment, batch: Any, labels: Mapping[str, Any] | None = None) -> tuple[step.State, Any]:
+  """Returns the shapes of the state and of one train step's (state, logs) for a batch (of arrays or shapes).
+
+  `labels` {name: [N]} are those of the training split, which decide the size of the objective's memory; None: of one
+  example.
+  """
   variables = dict(step.abstract(experiment.network, batch))
   params = variables.pop("params")
   frozen = experiment.optimizer.frozen_mask(params)
@@ -36,7 +42,7 @@ def shape_step(experiment: Experiment, batch: Any) -> tuple[step.State, Any]:
   outputs = jax.eval_shape(
     lambda v, b: experiment.network.apply(v, b, train=False), {"params": params, **variables}, batch
   )
-  labels = {name: np.zeros(1, np.float32) for name in batch["labels"]}
+  labels = labels or {name: np.zeros(1, np.float32) for name in batch["labels"]}
   accumulating = experiment.optimizer.accumulate > 1
   state = step.State(
     params=params,
@@ -50,6 +56,32 @@ def shape_step(experiment: Experiment, batch: Any) -> tuple[step.State, Any]:
   )
   train_step = step.make_train_step(experiment.network, experiment.objective, optimizer, frozen=frozen)
   return state, jax.eval_shape(train_step, state, batch, jax.ShapeDtypeStruct((), jnp.bool_), jax.random.key(0))
+
+
+def lower(experiment: Experiment, batch: Any, mesh: Mesh) -> Any:
+  """Returns the train step lowered for `mesh` from shapes alone; its devices need not be here."""
+  state, _ = shape_step(experiment, batch)
+  frozen = experiment.optimizer.frozen_mask(state.params)
+  train_step = step.make_train_step(
+    experiment.network,
+    experiment.objective,
+    experiment.optimizer.build(state.params, total_steps=1),
+    frozen=frozen,
+    accumulation=experiment.optimizer.accumulation,
+  )
+  shardings, whole = meshes.shardings(state, mesh), meshes.replicated(mesh)
+
+  def placed(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+  return jitted.lower(
+    jax.tree.map(placed, state, shardings),
+    placed(batch, meshes.rows(mesh)),
+    placed(jax.ShapeDtypeStruct((), jnp.bool_), whole),
+    placed(key, whole),
+  )
 
 
 def size(tree: Any) -> int:
@@ -77,7 +109,7 @@ def describe(experiment: Experiment, *, data_dir: Path, cache_dir: Path) -> None
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       print(f"  {name:<24}{leaf.dtype!s:<9}{list(leaf.shape)}")
-    state, (_, logs) = shape_step(experiment, batch)
+    state, (_, logs) = shape_step(experiment, batch, data.splits["train"].labels)
     frozen = experiment.optimizer.frozen_mask(state.params)
     trained, _ = step.split(state.params, frozen)
     print("\n" + parameter_counts(state.params, frozen))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax import metrics
+from mmjax.data import plan as plans
 from mmjax.progress import track
 from mmjax.training import checkpoints, step
 from mmjax.training import mesh as meshes
@@ -25,7 +26,7 @@ PRIMARY = "best_loss"
 class Scores:
   """What one split gave."""
 
-  loss: float  # sum of the terms, each averaged over the split
+  loss: float  # sum of the terms, each averaged as `Experiment.valid_loss` says
   terms: dict[str, float]
   predictions: dict[str, np.ndarray]  # {head: [N]}
   metrics: dict[str, dict[str, float]]  # {head: {name: value}}
@@ -55,10 +56,23 @@ class Evaluator:
       out_shardings=meshes.replicated(mesh),
     )
 
-  def score(self, variables: Any, memory: Any, epoch: Any, split: str) -> Scores:
-    """Returns the scores of `split` (train, valid or test) in evaluation mode."""
+  def plan(self, split: str, epoch: Any) -> plans.Batches:
+    """Returns the batches of `split`, in a fixed order or, where the experiment shuffles, in the epoch's (SM3)."""
     data = self.data
-    plan = data.plan(split, seed=None, epoch=0)
+    if not self.experiment.eval_shuffle:
+      fixed: plans.Batches = data.plan(split, seed=None, epoch=0)
+      return fixed
+    # With the boxes of evaluation: those of training may be too small for other splits.
+    lengths, boxes, size = data.splits[split].lengths, data.eval_boxes, data.eval_batch_size
+    return plans.plan(lengths, boxes, size, seed=self.experiment.seed, epoch=int(epoch))
+
+  def score(self, variables: Any, memory: Any, epoch: Any, split: str, *, order: int | None = None) -> Scores:
+    """Returns the scores of `split` (train, valid or test) in evaluation mode.
+
+    `order` is the epoch whose order of examples holds, if that changes; None: `epoch`.
+    """
+    data = self.data
+    plan = self.plan(split, epoch if order is None else order)
     size = len(data.splits[split].ids)
     predictions: dict[str, np.ndarray] = {}
     losses: dict[str, np.ndarray] = {}
@@ -74,8 +88,12 @@ class Evaluator:
         for name, value in jax.device_get(values).items():
           rows = value[: len(indices)]
           store.setdefault(name, np.zeros((size, *rows.shape[1:]), np.float32))[indices] = rows
-    means = {name: float(np.mean(value, dtype=np.float64)) for name, value in losses.items()}
-    measure = metrics.for_dataset(data.name)
+    groups = [rows for _, rows in plan] if self.experiment.valid_loss == "batches" else [slice(None)]  # SM3
+    means = {
+      name: float(np.mean([np.mean(value[rows], dtype=np.float64) for rows in groups]))
+      for name, value in losses.items()
+    }
+    measure = self.experiment.measure(data.name)
     labels = data.splits[split].labels
     table = {head: measure(predictions[head], head_labels(labels, head)) for head in predictions}
     return Scores(sum(means.values()), means, predictions, table)
@@ -100,6 +118,7 @@ class Evaluator:
     results |= {
       "dataset": data.name,
       "seed": self.experiment.seed,
+      **({"metric": self.experiment.metric} if self.experiment.metric else {}),
       "primary": PRIMARY,
       "counts": {split: len(data.splits[split].ids) for split in data.splits},
     }
@@ -109,11 +128,12 @@ class Evaluator:
       entry.clear()
     entry |= {"step": info["step"], "epoch": info["epoch"]}
     variables = saved.restore(name, "variables", like)
+    measure = self.experiment.measure(data.name)
     for split in splits:
-      scores = self.score(variables, memory, epoch, split)
+      scores = self.score(variables, memory, epoch, split, order=info["epoch"])
       entry[split] = scores.summary()
       results["heads"] = sorted(scores.metrics, key="MTAV".find)
-      results.setdefault("constant", {})[split] = constant(data, split, results["heads"])
+      results.setdefault("constant", {})[split] = constant(data, split, results["heads"], measure)
       suffix = "" if name == PRIMARY else f"_{name}"
       write_predictions(workdir / f"predictions_{split}{suffix}.csv", data.splits[split], scores.predictions)
     write_json(path, results)
@@ -143,10 +163,9 @@ def evaluate(
   return Evaluator(experiment, data, mesh).keep(workdir, saved, name, (split,), like, memory, epoch)
 
 
-def constant(data: Any, split: str, heads: Any) -> dict[str, dict[str, float]]:
+def constant(data: Any, split: str, heads: Any, measure: metrics.Metric) -> dict[str, dict[str, float]]:
   """Returns the metrics of the constant predictor: each head says the median of its training labels."""
   train, labels = data.splits["train"].labels, data.splits[split].labels
-  measure = metrics.for_dataset(data.name)
   table = {}
   for head in heads:
     true = head_labels(labels, head)

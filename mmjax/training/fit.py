@@ -16,10 +16,11 @@ from mmjax import metrics
 from mmjax.backbones import pretrained
 from mmjax.errors import UserError
 from mmjax.progress import Progress
-from mmjax.training import checkpoints, evaluation, logs, step
+from mmjax.training import checkpoints, compilation, evaluation, logs, step, traces
 from mmjax.training import mesh as meshes
 from mmjax.training.dry_run import parameter_counts
 from mmjax.training.experiment import Experiment
+from mmjax.training.optimizers import with_plateau_scale
 from mmjax.training.signals import Interrupted, Signals
 
 
@@ -36,6 +37,7 @@ class Position:
   best_accuracy: float = -math.inf
   best_epoch: int = 0
   seconds: float = 0.0
+  plateau: dict[str, float] = dataclasses.field(default_factory=dict)  # `optimizers.Plateau.after`
 
 
 def fit(
@@ -62,7 +64,7 @@ def fit(
   shapes = step.abstract(experiment.network, batch)["params"]
   frozen = experiment.optimizer.frozen_mask(shapes)
   steps_per_epoch = len(data.plan("train", seed=experiment.seed, epoch=1))
-  updates = math.ceil(steps_per_epoch / experiment.optimizer.accumulate)
+  updates = experiment.optimizer.updates(steps_per_epoch)
   optimizer = experiment.optimizer.build(shapes, total_steps=updates * experiment.epochs)
   state, shardings = step.create_state(
     experiment.network,
@@ -80,12 +82,28 @@ def fit(
 
   dropout_key = jax.random.fold_in(key, 1)
   train_step = jax.jit(
-    step.make_train_step(experiment.network, experiment.objective, optimizer, frozen=frozen),
+    step.make_train_step(
+      experiment.network,
+      experiment.objective,
+      optimizer,
+      frozen=frozen,
+      accumulation=experiment.optimizer.accumulation,
+    ),
     donate_argnums=0,
     out_shardings=(shardings, meshes.replicated(mesh)),
+    compiler_options=compilation.options(),
   )
   evaluator = evaluation.Evaluator(experiment, data, mesh)
-  reset = jax.jit(lambda s: s.replace(opt_state=optimizer.init(step.split(s.params, frozen)[0])))
+  reset = jax.jit(
+    lambda s: s.replace(opt_state=optimizer.init(step.split(s.params, frozen)[0])), out_shardings=shardings
+  )
+  plateau = experiment.optimizer.plateau
+  rescale = jax.jit(
+    lambda s, scale: s.replace(opt_state=with_plateau_scale(s.opt_state, scale)),
+    donate_argnums=0,
+    out_shardings=shardings,
+  )
+  drop = jax.jit(step.without_gradient, donate_argnums=0, out_shardings=shardings)
 
   position = Position()
   if resuming:
@@ -120,6 +138,10 @@ def fit(
       plan = data.plan("train", seed=experiment.seed, epoch=epoch)
       if experiment.optimizer.reset_each_epoch and position.batch == 0 and epoch > 1:
         state = reset(state)
+      if experiment.optimizer.drop_leftovers and state.gradient is not None and position.batch == 0:
+        state = drop(state)
+      if plateau is not None:
+        state = rescale(state, np.float32(plateau.scale(position.plateau)))
       state = state.replace(epoch=jax.device_put(jnp.int32(epoch), shardings.epoch))
       saved_at = time.monotonic()
       batches = data.batches("train", plan, start=position.batch, row_multiple=mesh.size)
@@ -127,7 +149,7 @@ def fit(
         for batch in batches:
           position.batch += 1
           position.step += 1
-          update = position.batch % experiment.optimizer.accumulate == 0 or position.batch == len(plan)
+          update = experiment.optimizer.is_update(position.batch, len(plan))
           state, sums = train_step(state, meshes.put_batch(batch, mesh), np.bool_(update), dropout_key)
           pending.append((position.step, sums))
           settle(leave=1)
@@ -146,6 +168,8 @@ def fit(
       accuracy = metrics.selection_accuracy(scores.metrics[head])
       train_loss = position.loss_sum / max(position.examples, 1)
       writer.epoch(position.step, epoch, train_loss, scores)
+      if plateau is not None:
+        position.plateau = plateau.after(position.plateau, scores.loss)
       info = {"step": position.step, "epoch": epoch, "valid_loss": scores.loss, "valid_accuracy": accuracy}
       if scores.loss < position.best_loss:
         position.best_loss, position.best_epoch = scores.loss, epoch
@@ -156,9 +180,11 @@ def fit(
       print(
         f"epoch {epoch}: train loss {train_loss:.4f}, valid loss {scores.loss:.4f}, "
         + ", ".join(f"{name} {value:.4f}" for name, value in scores.metrics[head].items())
+        + (f", rates x {plateau.scale(position.plateau):g}" if plateau is not None else "")
         + (" *" if position.best_epoch == epoch else ""),
         flush=True,
       )
+      traces.write(workdir, epoch, experiment.objective, state.memory)
       # After the best ones: a run killed in between makes them again.
       position.epoch, position.batch, position.loss_sum, position.examples = epoch + 1, 0, 0.0, 0.0
       save_latest()

@@ -17,7 +17,7 @@ Arrays = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-  """What a paper defines beside its network."""
+  """What a paper defines beside its network; with `trace(memory) -> {name: [N]}`, `traces.py` keeps that each epoch."""
 
   def init(self, labels: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
     """Returns the memory carried across steps, from all training labels {name: [N]} and output shapes."""
@@ -67,19 +67,25 @@ def merge(trained: Any, frozen: Any) -> Any:
   return jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda x: x is None)
 
 
+def without_gradient(state: State) -> State:
+  """Returns `state` with nothing accumulated."""
+  return state.replace(gradient=jax.tree.map(jnp.zeros_like, state.gradient), examples=jnp.zeros_like(state.examples))
+
+
 def make_train_step(
   network: nn.Module,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   *,
   frozen: Any,
+  accumulation: str = "mean",
 ) -> Callable[[State, Batch, jax.Array, jax.Array], tuple[State, Arrays]]:
   """Returns `train_step(state, batch, update, key)`.
 
   It gives the new state and the logs: per loss term the sum over valid rows, and their count. `update` (bool
-  scalar) applies the gradient, averaged over all examples since the last update; without accumulation it is
-  always applied. `key` is the run's, the same at every step; as an argument it does not make a program of its own
-  for each seed.
+  scalar) applies the gradient, averaged over all examples since the last update, or with `accumulation="sum"` the
+  sum of each micro-batch's average; without accumulation it is always applied. `key` is the run's, the same at
+  every step; as an argument it does not make a program of its own for each seed.
   """
 
   def train_step(state: State, batch: Batch, update: jax.Array, key: jax.Array) -> tuple[State, Arrays]:
@@ -106,15 +112,17 @@ def make_train_step(
     if state.gradient is None:
       return apply(state, gradient, examples), logs
 
+    total = state.examples + examples
+    if accumulation == "sum":
+      gradient = jax.tree.map(lambda g: g / jnp.maximum(examples, 1.0), gradient)
+      total = jnp.ones_like(examples)  # a sum of means is divided by nothing
     gradient = jax.tree.map(jnp.add, state.gradient, gradient)
-    examples = state.examples + examples
 
     def flush(state: State) -> State:
-      state = apply(state, gradient, examples)
-      return state.replace(gradient=jax.tree.map(jnp.zeros_like, gradient), examples=jnp.zeros_like(examples))
+      return without_gradient(apply(state, gradient, total))
 
     def keep(state: State) -> State:
-      return state.replace(gradient=gradient, examples=examples)
+      return state.replace(gradient=gradient, examples=total)
 
     return jax.lax.cond(update, flush, keep, state), logs
 
@@ -147,7 +155,8 @@ def create_state(
 ) -> tuple[State, Any]:
   """Returns the state before step 1, created sharded, and its shardings.
 
-  `restore` replaces parameters by published weights before the optimiser's state is made from them.
+  `restore` replaces what is published of a collection (parameters, statistics of BatchNorm), before the optimiser's
+  state is made from the parameters.
   """
 
   def variables_of(key: jax.Array) -> dict[str, Any]:
@@ -157,8 +166,9 @@ def create_state(
 
   variables_shape = jax.eval_shape(variables_of, key)
   variables = jax.jit(variables_of, out_shardings=meshes.shardings(variables_shape, mesh))(key)
-  params = restore(variables.pop("params"))
-  params = jax.device_put(params, meshes.shardings(params, mesh))
+  variables = {collection: restore(tree) for collection, tree in variables.items()}
+  variables = jax.device_put(variables, meshes.shardings(variables, mesh))
+  params = variables.pop("params")
   outputs = jax.eval_shape(lambda v, b: network.apply(v, b, train=False), {"params": params, **variables}, batch)
 
   def rest(params: Any, model_state: Any) -> State:
