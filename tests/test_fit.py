@@ -307,3 +307,22 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, straight, tmp_path):
   assert "resuming after step" in output
   # Another test may have prolonged the straight run.
   assert losses(folder / "full") == {step: loss for step, loss in losses(straight[0]).items() if step <= 12}
+
+
+def test_a_second_start_compiles_nothing(folder, capsys):
+  """By JAX's own events: every program comes from the persistent cache."""
+  import jax
+
+  events = []
+  jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
+  counts = []
+  for workdir in ("first_start", "second_start"):
+    jax.clear_caches()
+    events.clear()
+    assert (
+      train.run(flags(folder, workdir, "--gin.experiment.Experiment.epochs=1", "--gin.tiny.mmml.dropout=0.25")) == 0
+    )
+    counts.append({name: events.count(name) for name in ("cache_hits", "cache_misses")})
+  assert counts[0]["cache_misses"] > 3
+  assert counts[1]["cache_misses"] == 0
+  assert counts[1]["cache_hits"] > 3
